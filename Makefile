@@ -1,0 +1,48 @@
+# Every target sets itself up: a virtual environment, the package, and what the target needs.
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= .venv
+CONSTRAINTS ?= .constraints.txt
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-slow test-newest tutorials lint clean
+
+demo: $(STAMP)
+	$(VENV)/bin/python tutorials/demo.py
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -m "not slow" -n 2
+	PYRO_AMORTIZE_SMOKE=1 $(VENV)/bin/python -m pytest --nbmake tutorials
+
+test-slow: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slow
+
+# The newest Python at hand with the newest torch and ArviZ; several gigabytes.
+test-newest:
+	$(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null \
+	  PYTHON=$$(command -v python3.13 || command -v python3.12 || echo python3) .venv-newest/.installed
+	.venv-newest/bin/python -m pytest -m "not slow" -n 2
+
+tutorials: $(STAMP)
+	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout=600 tutorials
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(STAMP): setup.cfg $(wildcard $(CONSTRAINTS))
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "This needs python3 >= 3.10 with its venv module; say which: make PYTHON=/path/to/python3"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(CONSTRAINTS) torch
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[test,demo]"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv .venv-newest build dist *.egg-info

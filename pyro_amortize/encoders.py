@@ -1,0 +1,111 @@
+"""Networks that turn data (rows, features) into parameters, and the tables that stand in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A multilayer perceptron: called with the number of input features, it returns the network.
+
+    A linear head a site follows, so ``MLP(())`` is a linear encoder.
+
+    Args:
+        hidden_dims: Width of each hidden layer.
+        activation: Class of the activation after each hidden layer. The default is smooth, as the map from data to a
+            posterior is in most models.
+
+    Example:
+        >>> MLP((32,))(5)
+        Sequential(
+          (0): Linear(in_features=5, out_features=32, bias=True)
+          (1): SiLU()
+        )
+    """
+
+    hidden_dims: tuple[int, ...] = (64, 64)
+    activation: type[nn.Module] = nn.SiLU
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+
+    def __call__(self, in_features: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for width in self.hidden_dims:
+            layers += [nn.Linear(in_features, width), self.activation()]
+            in_features = width
+        return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Table:
+    """No encoder: parameters of its own for every element. The guide is mean-field (F-VI) there."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One row of parameters for all elements, whatever their data: the baseline *const* of Margossian & Blei (2024)."""
+
+
+Encoder = nn.Module | Callable[[int], nn.Module] | Table | Constant
+
+
+class Rows(nn.Module):
+    """A table: ``rows`` rows of parameters for each site.
+
+    Args:
+        rows: Number of rows; one serves every element.
+        widths: Parameters of one element of each site.
+    """
+
+    def __init__(self, rows: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.values = nn.ParameterList([torch.zeros(rows, width) for width in widths])
+
+    def forward(self, index: Tensor) -> list[Tensor]:
+        """Returns for each site the parameters of the elements asked for, shape (*index.shape, width)."""
+        shared = len(self.values[0]) == 1
+        return [v[0].expand(index.shape + v.shape[1:]) if shared else v[index] for v in self.values]
+
+
+class Heads(nn.Module):
+    """A trunk from data to features, and a linear head for each site.
+
+    Args:
+        trunk: Maps (rows, features) to (rows, width).
+        width: Of the trunk's features.
+        widths: Parameters of one element of each site.
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleList([nn.Linear(width, out) for out in widths])
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Returns for each site parameters of shape (..., rows, width), from features (..., rows, features)."""
+        rows = trunk_features(self.trunk, features.reshape(-1, features.shape[-1]))
+        rows = rows.reshape(features.shape[:-1] + rows.shape[-1:])
+        return [head(rows) for head in self.heads]
+
+
+def trunk_features(trunk: nn.Module, features: Tensor) -> Tensor:
+    """Runs a trunk on data of shape (rows, features); checks and flattens what it returns to (rows, width).
+
+    Raises:
+        ValueError: The output has not one row for each row of data.
+    """
+    parameter = next(trunk.parameters(), None)
+    out = trunk(features if parameter is None else features.to(parameter.dtype))
+    if not isinstance(out, Tensor) or out.dim() < 2 or len(out) != len(features):
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"the encoder {type(trunk).__name__} returned {got} for data of shape {tuple(features.shape)}. Expected "
+            f"shape ({len(features)}, width), a row of features for each row of data: end it with nn.Flatten(1)."
+        )
+    return out.flatten(1).to(features.dtype)

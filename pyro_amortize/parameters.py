@@ -1,0 +1,205 @@
+"""A model's own parameters and state: left as found, and carried along when a guide is saved.
+
+They belong to the user. Looking at a model, judging it and fitting references to it all happen inside
+:func:`preserved`; training the model itself is the business of ``fit_svi`` alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions.constraints as constraints
+import torch
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER as _DIVIDER
+from pyro.params.param_store import module_from_param_with_module_name
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class Preserved:
+    """What is put back at the end of a :func:`preserved` block."""
+
+    def __init__(self, evaluating: bool) -> None:
+        self._evaluating = evaluating
+        self._tensors: dict[int, tuple[Tensor, Tensor, bool, Tensor | None]] = {}
+        self._modules: dict[int, tuple[nn.Module, bool, dict[str, Any], dict[str, Any]]] = {}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Remembers the present value of a tensor that the block is going to change in place."""
+        if id(tensor) not in self._tensors:
+            saved = tensor.detach().clone()
+            self._tensors[id(tensor)] = tensor, saved, tensor.requires_grad, tensor.grad
+
+    def keep_module(self, module: nn.Module) -> None:
+        """Remembers a module's own mode, buffers and lazily made parameters."""
+        if id(module) not in self._modules:
+            pyro_params = dict(getattr(module, "_pyro_params", {}))
+            self._modules[id(module)] = module, module.training, dict(module._parameters), pyro_params
+            for buffer in module.buffers(recurse=False):
+                self.keep(buffer)
+        if self._evaluating:
+            module.training = False
+
+    def restore(self) -> None:
+        for module, training, parameters, pyro_params in self._modules.values():
+            module.training = training
+            for name in set(module._parameters) - set(parameters):
+                del module._parameters[name]
+            module._parameters.update(parameters)
+            if hasattr(module, "_pyro_params"):
+                for name in set(module._pyro_params) - set(pyro_params):
+                    del module._pyro_params[name]
+        with torch.no_grad():
+            for tensor, saved, requires_grad, grad in self._tensors.values():
+                tensor.data.copy_(saved)
+                tensor.requires_grad_(requires_grad)
+                tensor.grad = grad
+
+
+@contextmanager
+def preserved(*models: Any, evaluating: bool = False) -> Iterator[Preserved]:
+    """Runs a block after which random states, param store and modules are as before, bit for bit.
+
+    The block sees the param store as it is (unlike ``param_store.scope()``, which starts empty).
+
+    Args:
+        models: Modules to watch; others are met when they are called.
+        evaluating: Whether modules run in eval mode inside the block.
+
+    Yields:
+        The record, on which ``keep`` announces tensors that are about to be trained in place.
+    """
+    store = pyro.get_param_store()
+    stored = dict(store._params), dict(store._param_to_name), dict(store._constraints)
+    rng = pyro.util.get_rng_state()
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    record = Preserved(evaluating)
+
+    def watch(module: nn.Module, _: Any) -> None:
+        record.keep_module(module)
+
+    hook = register_module_forward_pre_hook(watch)
+    try:
+        for model in models:
+            for module in model.modules() if isinstance(model, nn.Module) else ():
+                record.keep_module(module)
+        yield record
+    finally:
+        hook.remove()
+        record.restore()
+        store._params, store._param_to_name, store._constraints = stored
+        pyro.util.set_rng_state(rng)
+        if cuda_rng:
+            torch.cuda.set_rng_state_all(cuda_rng)
+
+
+def model_state(model: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns what a model has learnt, as plain data that ``torch.load(weights_only=True)`` reads.
+
+    Args:
+        model: The model; if it is a module, its whole ``state_dict`` is taken.
+        names: Its sites in the param store. Those that ``pyro.module`` made are saved module by module, with buffers.
+
+    Raises:
+        NotImplementedError: A module cannot be found from the model, or a constraint is no plain data.
+    """
+    store = pyro.get_param_store()
+    names = [name for name in names if name in store]
+    own = model.state_dict() if isinstance(model, nn.Module) else {}
+    owned = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    modules, params = {}, {}
+    for name in names:
+        value = store._params[name]
+        if id(value) in owned:
+            continue
+        if _DIVIDER in name:
+            registered = module_from_param_with_module_name(name)
+            modules[registered] = dict(
+                _registered_module(model, registered, _shapes(store, names, registered)).state_dict()
+            )
+        else:
+            params[name] = {"value": value.detach().clone(), "constraint": _encode(name, store._constraints[name])}
+    return {"own": dict(own), "modules": modules, "params": params}
+
+
+def load_model_state(model: Callable[..., Any], state: dict[str, Any]) -> None:
+    """Puts what :func:`model_state` returned into the model, the modules it registers, and the param store."""
+    if isinstance(model, nn.Module):
+        model.load_state_dict(state["own"])
+    for registered, values in state["modules"].items():
+        shapes = {name: value.shape for name, value in values.items()}
+        _registered_module(model, registered, shapes).load_state_dict(values)
+    store = pyro.get_param_store()
+    for name, param in state["params"].items():
+        if name in store and store._params[name].shape == param["value"].shape:
+            store._params[name].data.copy_(param["value"])
+        else:
+            constraint = _decode(param["constraint"])
+            if name in store:
+                del store[name]
+            store.setdefault(name, torch.distributions.transform_to(constraint)(param["value"]), constraint)
+
+
+def _shapes(store: Any, names: Iterable[str], registered: str) -> dict[str, torch.Size]:
+    prefix = registered + _DIVIDER
+    return {name[len(prefix) :]: store._params[name].shape for name in names if name.startswith(prefix)}
+
+
+def _registered_module(model: Callable[..., Any], registered: str, shapes: dict[str, torch.Size]) -> nn.Module:
+    """Finds the module behind ``pyro.module(registered, module)`` among those the model can reach."""
+    fits: dict[int, tuple[bool, nn.Module]] = {}
+    for name, module in _reachable_modules(model):
+        held = {n: v.shape for n, v in module.state_dict().items()}
+        trained = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
+        if held == shapes or trained == shapes:
+            called_so = name.rpartition(".")[2] == registered or fits.get(id(module), (False,))[0]
+            fits[id(module)] = called_so, module
+    found = [module for called_so, module in fits.values() if called_so] or [module for _, module in fits.values()]
+    if len(found) == 1:
+        return found[0]
+    raise NotImplementedError(
+        f"AutoAmortized.save and load: pyro.module('{registered}', ...) registers a module that cannot be told apart "
+        f"among those the model reaches ({len(found)} fit). Make the model a PyroModule that holds it as "
+        f"self.{registered.replace('.', '_')}."
+    )
+
+
+def _reachable_modules(model: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
+    fn = pyro.poutine.unwrap(model)
+    owner = getattr(fn, "__self__", fn)
+    roots: dict[str, Any] = {"": owner, **getattr(owner, "__dict__", {})}
+    function = getattr(fn, "__func__", fn)
+    if inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        roots = {**roots, **used.globals, **used.nonlocals}
+    for root, value in roots.items():
+        if isinstance(value, nn.Module):
+            for name, module in value.named_modules(prefix=root):
+                yield name, module
+
+
+def _encode(name: str, constraint: Any) -> dict[str, Any]:
+    options = {}
+    for key, value in vars(constraint).items():
+        if isinstance(value, constraints.Constraint):
+            options[key] = _encode(name, value)
+        elif isinstance(value, (int, float, Tensor)):
+            options[key] = value
+        else:
+            raise NotImplementedError(
+                f"AutoAmortized.save: parameter '{name}' has the constraint {constraint!r}, which cannot be written "
+                f"as plain data. Save it apart: pyro.get_param_store().save(path)."
+            )
+    return {"type": type(constraint).__name__, "options": options}
+
+
+def _decode(code: dict[str, Any]) -> Any:
+    where = constraints if hasattr(constraints, code["type"]) else torch.distributions.constraints
+    cls = getattr(where, code["type"])
+    constraint = cls.__new__(cls)
+    constraint.__dict__.update({k: _decode(v) if isinstance(v, dict) else v for k, v in code["options"].items()})
+    return constraint
