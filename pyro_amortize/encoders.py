@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,3 +110,30 @@ def trunk_features(trunk: nn.Module, features: Tensor) -> Tensor:
             f"shape ({len(features)}, width), a row of features for each row of data: end it with nn.Flatten(1)."
         )
     return out.flatten(1).to(features.dtype)
+
+
+def encode_option(value: Any) -> dict[str, Any]:
+    """Writes an option as plain data; one of the user's own is only named."""
+    if isinstance(value, dict):
+        codes = {key: encode_option(item) for key, item in value.items()}
+        own = [f"{{'{key}': {code['own']}}}" for key, code in codes.items() if "own" in code]
+        return {"own": own[0]} if own else {"dict": codes}
+    if isinstance(value, MLP) and hasattr(nn, value.activation.__name__):
+        return {"MLP": [list(value.hidden_dims), value.activation.__name__]}
+    if isinstance(value, (Table, Constant)):
+        return {"kind": type(value).__name__}
+    if value is None or isinstance(value, (str, int, float, list, tuple)):
+        return {"plain": list(value) if isinstance(value, tuple) else value}
+    return {"own": getattr(value, "__name__", type(value).__name__)}
+
+
+def decode_option(code: dict[str, Any]) -> Any:
+    """Makes an option from what :func:`encode_option` returned."""
+    if "dict" in code:
+        return {key: decode_option(item) for key, item in code["dict"].items()}
+    if "MLP" in code:
+        hidden_dims, activation = code["MLP"]
+        return MLP(tuple(hidden_dims), getattr(nn, activation))
+    if "kind" in code:
+        return {"Table": Table, "Constant": Constant}[code["kind"]]()
+    return code["plain"]

@@ -7,7 +7,6 @@ model's own plates, masks and scales have acted on the site. It leaves the model
 from __future__ import annotations
 
 import os
-import re
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,37 +15,37 @@ from dataclasses import replace
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.nn.module import _is_module_local_param_enabled
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions.transforms import ComposeTransform
 
-from pyro_amortize.encoders import MLP, Constant, Encoder, Heads, Rows, Table, trunk_features
+from pyro_amortize.calls import Call, Model, accepts
+from pyro_amortize.encoders import (
+    MLP,
+    Constant,
+    Encoder,
+    Heads,
+    Rows,
+    Table,
+    decode_option,
+    encode_option,
+    trunk_features,
+)
 from pyro_amortize.families import FAMILIES
-from pyro_amortize.inputs import Inputs, Prepare, pick_rows
+from pyro_amortize.handler import GuidedRun, Replicate, part_key
+from pyro_amortize.inputs import Inputs, Prepare
 from pyro_amortize.parameters import load_model_state, model_state, preserved
 from pyro_amortize.plan import AmortizationPlan, Block, build_plan
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.structure import (
-    Call,
-    HeldRun,
-    Model,
-    Plate,
-    accepts,
-    bijection,
-    examine,
-    site_rows,
-    unconstrained_shape,
-)
+from pyro_amortize.probes import examine
+from pyro_amortize.supports import bijection
 
 
 class AutoAmortized(AutoGuide):
@@ -147,7 +146,7 @@ class AutoAmortized(AutoGuide):
         if self.plan is None:
             self.initialize(*args, **kwargs)
         self._announce()
-        return _Run(self, args, kwargs, observations).sample()
+        return GuidedRun(self, args, kwargs, observations).sample()
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Plans from these data, makes the parameters, and takes the statistics for preparing inputs.
@@ -168,7 +167,7 @@ class AutoAmortized(AutoGuide):
         tables, apart = self._choices(set(facts.sites) | set(facts.plates))
         plan = build_plan(facts, tables, apart, self.options["inputs"])
         self._refuse_misplaced(plan)
-        run = _Run(self, args, kwargs, {}, plan=plan)
+        run = GuidedRun(self, args, kwargs, {}, plan=plan)
         examples = run.examples()
         blocks, preparations = [], nn.ModuleDict()
         floating = [v for v in Call(self.model, args, kwargs).tensors.values() if v.is_floating_point()]
@@ -187,7 +186,7 @@ class AutoAmortized(AutoGuide):
                 features = preparation(rows, self.dtype)
                 block = replace(block, features=features.shape[-1])
                 preparation.block = block
-                preparations[_key(block.name)] = preparation
+                preparations[part_key(block.name)] = preparation
                 widths[block.name] = features
             blocks.append(block)
         plan = replace(plan, blocks=tuple(blocks))
@@ -217,7 +216,7 @@ class AutoAmortized(AutoGuide):
         """
         self._refuse_uninitialized("posterior")
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
-            run = _Run(self, args, kwargs, {}, answering=True)
+            run = GuidedRun(self, args, kwargs, {}, answering=True)
             run.sample()
         return Posterior(run.found, run.plates)
 
@@ -237,7 +236,7 @@ class AutoAmortized(AutoGuide):
         """
         self._refuse_uninitialized("predictive")
         kwargs = model_kwargs or {}
-        replicate = _Replicate()(self.model)
+        replicate = Replicate()(self.model)
 
         def draw() -> dict[str, Tensor]:
             guided = poutine.trace(self).get_trace(*args, **kwargs)
@@ -262,7 +261,7 @@ class AutoAmortized(AutoGuide):
         """
         self._refuse_uninitialized("save")
         assert self.plan is not None
-        options = {name: _encode_option(value) for name, value in self.options.items()}
+        options = {name: encode_option(value) for name, value in self.options.items()}
         model = model_state(self.model, self.plan.params)
         torch.save({"guide": self.state_dict(), "options": options, "model": model}, path)
 
@@ -292,7 +291,7 @@ class AutoAmortized(AutoGuide):
                     f"{cls.__name__}.load(path, model, {name}=...)."
                 )
             else:
-                options[name] = _decode_option(code)
+                options[name] = decode_option(code)
         guide = cls(model, **{**guide_options, **options})
         guide.load_state_dict(state["guide"])
         load_model_state(model, state["model"])
@@ -302,9 +301,8 @@ class AutoAmortized(AutoGuide):
         """Returns the plan, so that a fresh guide can load a state dict."""
         if self.plan is None:
             return {}
-        widths = {
-            b.name: self.coders[_key(b.name)].heads[0].in_features for b in self.plan.blocks if self._has_heads(b)
-        }
+        coders = {block.name: self.coder_of(block) for block in self.plan.blocks}
+        widths = {name: coder.heads[0].in_features for name, coder in coders.items() if isinstance(coder, Heads)}
         return {"plan": self.plan.to_dict(), "dtype": str(self.dtype).removeprefix("torch."), "widths": widths}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -316,7 +314,7 @@ class AutoAmortized(AutoGuide):
         preparations = nn.ModuleDict()
         for block in plan.blocks:
             if block.amortized:
-                preparations[_key(block.name)] = Inputs(block, self.options["prepare"])  # type: ignore[arg-type]
+                preparations[part_key(block.name)] = Inputs(block, self.options["prepare"])  # type: ignore[arg-type]
         self._build(plan, preparations, state["widths"], torch.device("cpu"))
         for preparation in preparations.values():
             preparation.to(self.dtype)
@@ -376,8 +374,13 @@ class AutoAmortized(AutoGuide):
             encoder = next((encoder[key] for key in (block.name, *block.plates) if key in encoder), None)
         return MLP() if encoder is None else encoder  # type: ignore[return-value]
 
-    def _has_heads(self, block: Block) -> bool:
-        return isinstance(self._modules["coders"][_key(block.name)], Heads)  # type: ignore[index]
+    def coder_of(self, block: Block) -> Any:
+        """Returns the module that makes a block's parameters; not by attribute, which PyroModule would announce."""
+        return self._modules["coders"][part_key(block.name)]  # type: ignore[index]
+
+    def preparation_of(self, block: Block) -> Any:
+        """Returns the module that prepares a block's inputs."""
+        return self._modules["preparations"][part_key(block.name)]  # type: ignore[index]
 
     def _build(
         self, plan: AmortizationPlan, preparations: nn.ModuleDict, examples: dict[str, Any], device: torch.device
@@ -406,7 +409,7 @@ class AutoAmortized(AutoGuide):
                             raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
                 coder = Heads(trunk, width, widths)
                 coder.heads.to(device, self.dtype)
-            coders[_key(block.name)] = coder
+            coders[part_key(block.name)] = coder
         self.coders, self.preparations = coders, preparations
         self.plan = plan
         self._exits = {}
@@ -422,13 +425,13 @@ class AutoAmortized(AutoGuide):
             rng = pyro.util.get_rng_state()
         pyro.util.set_rng_state(rng)
         for block in self.plan.blocks:
-            coder = self.coders[_key(block.name)]
+            coder = self.coder_of(block)
             for i, (name, dim) in enumerate(zip(block.sites, block.dims, strict=True)):
                 site = trace.nodes[name]
                 value = bijection(site).inv(site["value"]).detach().to(self.dtype)
                 batch = len(site["fn"].batch_shape)
                 frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-                axes = [value.dim() - (value.dim() - batch) + frames[plate].dim for plate in block.plates]
+                axes = [batch + frames[plate].dim for plate in block.plates]
                 rows = value.movedim(axes, list(range(len(axes)))).reshape(-1, dim) if axes else value.reshape(1, dim)
                 rows = rows.nan_to_num(0.0, 0.0, 0.0)
                 scale = torch.full_like(rows, self.options["init_scale"])  # type: ignore[arg-type]
@@ -437,7 +440,7 @@ class AutoAmortized(AutoGuide):
                     start = rows if same else rows.mean(0, keepdim=True)
                     coder.values[i].data.copy_(self.family.parameters(start, scale[: len(start)]))
                 else:
-                    head = coder.heads[i]  # type: ignore[union-attr]
+                    head = coder.heads[i]
                     head.weight.data.mul_(0.1)
                     head.bias.data.copy_(self.family.parameters(rows.mean(0), scale[0]))
 
@@ -476,282 +479,6 @@ class AutoAmortizedNormal(AutoAmortized):
         super().__init__(model, **{"family": "normal", **options})
 
 
-class _Done(BaseException):
-    """Leaves the model after its last latent; no handler of errors in the model should catch it."""
-
-
-class _Run(Messenger):
-    """One run of the model under the guide."""
-
-    def __init__(
-        self,
-        guide: AutoAmortized,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        observations: dict[str, Tensor],
-        answering: bool = False,
-        plan: AmortizationPlan | None = None,
-    ) -> None:
-        super().__init__()
-        self.guide = guide
-        self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
-        self.call = Call(guide.model, args, kwargs)
-        self.args, self.kwargs = args, kwargs
-        self.observations = observations
-        self.answering = answering
-        self.values: dict[str, Tensor] = {}
-        self.found: dict[str, Any] = {}
-        self.plates: dict[str, tuple[str, ...]] = {}
-        self._indices: dict[str, Any] = {}
-        self._looked_up: dict[str, Any] = {}
-        self._parameters: dict[str, list[Tensor] | None] = {}
-        self._exit_after: frozenset[str] | None = None
-
-    def sample(self) -> dict[str, Tensor]:
-        """Runs the model up to its last latent; returns the values of all latents."""
-        if any(source.axis is None and source.feeds not in self.observations for source in self._sources()):
-            self._look_up()
-        key = self._kind_of_call()
-        self._exit_after = self.guide._exits.get(key)
-        try:
-            with self:
-                self.guide.model(*self.args, **self.kwargs)
-        except _Done:
-            pass
-        planned = {site for block in self.plan.blocks for site in block.sites}
-        if self._exit_after is None and planned <= set(self.values) and not _form_families(self.values):
-            self.guide._exits[key] = frozenset(self.values)
-        return self.values
-
-    def examples(self) -> dict[str, list[Tensor]]:
-        """Returns the data of every block that has some, as the call holds them."""
-        held = HeldRun(self.guide.model, self.call)
-        with preserved(self.guide.model, evaluating=True):
-            trace = held.run()
-        frames = {f.name: f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]}
-        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
-        self._indices = held.indices
-        found = {}
-        for block in self.plan.blocks:
-            if block.amortized:
-                rows = self._rows(block, frames[block.plates[0]])
-                assert rows is not None
-                found[block.name] = rows
-        return found
-
-    def _sources(self) -> list[Any]:
-        return [source for block in self.plan.blocks for source in block.sources]
-
-    def _look_up(self) -> None:
-        """Runs the model once more, to see the data that come to its sites without passing through an argument."""
-        seed = int(torch.randint(2**31, ()))
-        held = HeldRun(self.guide.model, self.call)
-        with preserved(self.guide.model, evaluating=True):
-            trace = held.run(seed=seed)
-        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
-
-    def _kind_of_call(self) -> Any:
-        """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows."""
-        axes = {source.name: source.axis for source in self._sources()}
-        parts: list[Any] = [self.guide.training, getattr(self.guide.model, "training", None)]
-        for name, leaf in self.call.leaves.items():
-            if isinstance(leaf, Tensor):
-                axis = axes.get(name)
-                parts.append((name, leaf.dtype, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
-            else:
-                parts.append((name, leaf if isinstance(leaf, (int, float, str, bool, type(None))) else id(leaf)))
-        return tuple(parts)
-
-    # The handler.
-
-    def _pyro_param(self, msg: Any) -> None:
-        msg["stop"] = True
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if site_is_subsample(msg):
-            self._subsample(msg)
-            return
-        if msg["is_observed"]:
-            msg["stop"] = True
-            return
-        block = self.plan.block_of(name)
-        if block is None:
-            if name in self.plan.left_to_model:
-                return
-            msg["stop"] = True
-            if name not in self.plan.observed:
-                raise RuntimeError(
-                    f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
-                    f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."
-                )
-            return
-        parameters = self._block_parameters(block, msg)
-        if parameters is None:
-            return
-        q = self._distribution(msg, block, block.sites.index(name), parameters)
-        msg["fn"] = q
-        if self.answering:
-            self.found[name] = q
-            self.plates[name] = block.plates
-            msg["value"] = Posterior({name: q}, {}).median[name]
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if site_is_subsample(msg):
-            self._indices[name] = msg["value"]
-            looked_up = self._looked_up.get("indices", {}).get(name, msg["value"])
-            if isinstance(looked_up, Tensor) and not torch.equal(looked_up, torch.as_tensor(msg["value"])):
-                raise NotImplementedError(
-                    f"{type(self.guide).__name__}: the subsample of plate '{name}' is fixed from outside, but the data "
-                    f"come from a closure, and were looked up for another subsample. Pass the data as an argument."
-                )
-        elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
-            self.values[name] = msg["value"]
-            if self._exit_after is not None and self._exit_after <= set(self.values):
-                raise _Done
-        elif self.plan.block_of(name):  # conditioned from outside
-            self.values[name] = msg["value"]
-
-    def _subsample(self, msg: Any) -> None:
-        name = msg["name"]
-        if self.guide.master is not None and name in getattr(self.guide.master(), "plates", {}):
-            msg["value"] = self.guide.master().plates[name].indices
-            msg["stop"] = True
-            self._indices[name] = msg["value"]
-        elif msg["value"] is None and name in self._looked_up.get("indices", {}):
-            msg["value"] = self._looked_up["indices"][name]
-
-    # From data to distributions.
-
-    def _block_parameters(self, block: Block, msg: Any) -> list[Tensor] | None:
-        """Returns the parameters of each site of a block, shape (..., rows, width); None where data are missing."""
-        if block.name in self._parameters:
-            return self._parameters[block.name]
-        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
-        coder = self.guide._modules["coders"][_key(block.name)]  # type: ignore[index]
-        parameters: list[Tensor] | None
-        if not block.amortized:
-            parameters = coder(self._index(block, frames))
-        else:
-            frame = frames[block.plates[0]]
-            rows = self._rows(block, frame)
-            if rows is None:
-                if self.answering:
-                    raise ValueError(
-                        f"{type(self.guide).__name__}: the data of '{block.sites[0]}' are missing in this call: it is "
-                        f"informed by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
-                    )
-                parameters = None
-            elif isinstance(coder, Rows):
-                parameters = coder(torch.arange(int(frame.size)))
-            else:
-                preparation = self.guide._modules["preparations"][_key(block.name)]  # type: ignore[index]
-                parameters = coder(preparation(rows, self.guide.dtype))
-        if self.answering and parameters is not None:
-            parameters = [values.detach() for values in parameters]
-        self._parameters[block.name] = parameters
-        return parameters
-
-    def _index(self, block: Block, frames: dict[str, Any]) -> Tensor:
-        """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
-        index = torch.zeros(1, dtype=torch.long)
-        for name in block.plates:
-            frame = frames[name]
-            full_size = self.plan.plates[name]
-            ids = self.guide.row_ids.get(name)
-            if ids is None:
-                if int(frame.full_size or frame.size) != full_size:
-                    raise ValueError(
-                        f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
-                        f"{full_size} elements of plate '{name}', but this call has {int(frame.full_size or frame.size)}. "
-                        f"A table cannot answer for new rows; use an encoder: "
-                        f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': MLP()}})."
-                    )
-                ids = self._indices.get(name)
-            ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
-            index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
-        return index
-
-    def _rows(self, block: Block, frame: Any) -> list[Tensor] | None:
-        """Returns the rows of each source of a block; None where one is missing."""
-        size, full_size = int(frame.size), int(frame.full_size or frame.size)
-        found: list[Tensor] = []
-        for source in block.sources:
-            if source.feeds in self.observations:
-                value, dim = self.observations[source.feeds], frame.dim - len(source.shape)
-                found.append(value.movedim(dim, -1 - len(source.shape)))
-                continue
-            rows: Tensor | None
-            if source.axis is None:
-                rows = self._site_rows(source, frame)
-            elif source.name == "inputs" and source.name not in self.call.leaves:
-                rows = self._function_rows(block)
-            else:
-                rows = pick_rows(
-                    source,
-                    self.call.leaves.get(source.name),
-                    frame.name,
-                    size,
-                    full_size,
-                    self._indices.get(frame.name),
-                )
-            if rows is None:
-                return None
-            found.append(rows)
-        if self.observations and not any(source.feeds in self.observations for source in block.sources):
-            raise NotImplementedError(
-                f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but they "
-                f"cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the observed "
-                f"values themselves as arguments of the model."
-            )
-        return found
-
-    def _site_rows(self, source: Any, frame: Any) -> Tensor | None:
-        site = self._looked_up.get("sites", {}).get(source.name)
-        if site is None or not site["is_observed"]:
-            return None
-        plate = Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
-        return site_rows(site["value"], len(site["fn"].event_shape), plate)
-
-    def _function_rows(self, block: Block) -> Tensor:
-        inputs = self.guide.options["inputs"]
-        if isinstance(inputs, dict):
-            inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates) if key in inputs)
-        rows: Tensor = inputs(*self.args, **self.kwargs)  # type: ignore[operator]
-        return rows
-
-    def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor]) -> Any:
-        """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
-        prior = msg["fn"]
-        event_dim = len(unconstrained_shape(msg)) - len(prior.batch_shape)
-        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
-        axes = [frames[plate].dim - event_dim for plate in block.plates]
-        shape = block.shapes[which]
-        expected = _without_axes(unconstrained_shape(msg), axes, len(shape) + len(axes))
-        if expected != shape:
-            raise ValueError(
-                f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
-                f"space, but the guide was initialized with {shape}. Build a new guide for this model."
-            )
-        values = parameters[which]
-        dim = block.dims[which]
-        placed = [
-            _placed(values[..., i * dim : (i + 1) * dim], [int(frames[p].size) for p in block.plates], axes, shape)
-            for i in range(self.guide.family.per_dim)
-        ]
-        q = _dressed(msg, prior, self.guide.family.distribution(*placed))
-        return q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
-
-
-class _Replicate(Messenger):
-    """Draws observed sites anew; keeps deterministic sites and factors."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
-            msg["is_observed"], msg["value"] = False, None
-
-
 @contextmanager
 def _evaluating(*modules: Any) -> Iterator[None]:
     """Runs a block with modules in eval mode, and puts their modes back."""
@@ -763,44 +490,6 @@ def _evaluating(*modules: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _dressed(site: Any, prior: Any, q: Any) -> Any:
-    """Takes q to the support of a prior, and puts on the masks and event dimensions that the prior has."""
-    if isinstance(prior, dist.MaskedDistribution):
-        return _dressed(site, prior.base_dist, q).mask(prior._mask)
-    if isinstance(prior, dist.Independent):
-        return _dressed(site, prior.base_dist, q).to_event(prior.reinterpreted_batch_ndims)
-    transform = bijection(site, prior)
-    if isinstance(transform, ComposeTransform) and not transform.parts:
-        return q.to_event(prior.event_dim)
-    if transform.domain.event_dim == 0:
-        return dist.TransformedDistribution(q, [transform]).to_event(prior.event_dim)
-    q = dist.TransformedDistribution(q.to_event(transform.domain.event_dim), [transform])
-    return q.to_event(prior.event_dim - transform.codomain.event_dim)
-
-
-def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Brings parameters of shape (..., elements, dim) to a site's shape, each plate at its axis from the right."""
-    lead = values.shape[:-2]
-    values = values.reshape((*lead, *sizes, *shape)) if sizes else values.reshape((*lead, *shape))
-    missing = max((-axis for axis in axes), default=0) - (len(shape) + len(sizes))
-    if missing > 0:
-        values = values.reshape((*lead, *sizes, *(1,) * missing, *shape))
-    first = len(lead)
-    return values.movedim(list(range(first, first + len(sizes))), axes) if sizes else values
-
-
-def _without_axes(shape: Sequence[int], axes: list[int], count: int) -> tuple[int, ...]:
-    kept = list(shape)[max(len(shape) - count, 0) :]
-    drop = {axis + len(kept) for axis in axes}
-    return tuple(size for i, size in enumerate(kept) if i not in drop)
-
-
-def _form_families(names: Any) -> bool:
-    """Tells whether names like z_0, z_1 hint at a loop, whose length may depend on the data."""
-    stems = [match.group(1) for name in names if (match := re.fullmatch(r"(.*?)\d+", name))]
-    return len(stems) > len(set(stems))
 
 
 def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
@@ -835,39 +524,9 @@ def _check_encoder(guide: str, encoder: Any) -> None:
             )
 
 
-def _encode_option(value: Any) -> dict[str, Any]:
-    """Writes an option as plain data; one of the user's own is only named."""
-    if isinstance(value, dict):
-        codes = {key: _encode_option(item) for key, item in value.items()}
-        own = [f"{{'{key}': {code['own']}}}" for key, code in codes.items() if "own" in code]
-        return {"own": own[0]} if own else {"dict": codes}
-    if isinstance(value, MLP) and hasattr(nn, value.activation.__name__):
-        return {"MLP": [list(value.hidden_dims), value.activation.__name__]}
-    if isinstance(value, (Table, Constant)):
-        return {"kind": type(value).__name__}
-    if value is None or isinstance(value, (str, int, float, list, tuple)):
-        return {"plain": list(value) if isinstance(value, tuple) else value}
-    return {"own": getattr(value, "__name__", type(value).__name__)}
-
-
-def _decode_option(code: dict[str, Any]) -> Any:
-    if "dict" in code:
-        return {key: _decode_option(item) for key, item in code["dict"].items()}
-    if "MLP" in code:
-        hidden_dims, activation = code["MLP"]
-        return MLP(tuple(hidden_dims), getattr(nn, activation))
-    if "kind" in code:
-        return {"Table": Table, "Constant": Constant}[code["kind"]]()
-    return code["plain"]
-
-
 def _constantly(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
 
 
 def _unique_name(cls: type) -> str:
     return f"{cls.__name__}_{uuid.uuid4().hex[:8]}"
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")

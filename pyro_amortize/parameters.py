@@ -37,7 +37,8 @@ class Preserved:
     def keep_module(self, module: nn.Module) -> None:
         """Remembers a module's own mode, buffers and lazily made parameters."""
         if id(module) not in self._modules:
-            pyro_params = dict(getattr(module, "_pyro_params", {}))
+            lazy: Any = getattr(module, "_pyro_params", {})
+            pyro_params = dict(lazy)
             self._modules[id(module)] = module, module.training, dict(module._parameters), pyro_params
             for buffer in module.buffers(recurse=False):
                 self.keep(buffer)
@@ -45,14 +46,15 @@ class Preserved:
             module.training = False
 
     def restore(self) -> None:
+        """Puts everything back."""
         for module, training, parameters, pyro_params in self._modules.values():
             module.training = training
             for name in set(module._parameters) - set(parameters):
                 del module._parameters[name]
             module._parameters.update(parameters)
-            if hasattr(module, "_pyro_params"):
-                for name in set(module._pyro_params) - set(pyro_params):
-                    del module._pyro_params[name]
+            lazy: Any = getattr(module, "_pyro_params", {})
+            for name in set(lazy) - set(pyro_params):
+                del lazy[name]
         with torch.no_grad():
             for tensor, saved, requires_grad, grad in self._tensors.values():
                 tensor.data.copy_(saved)
@@ -178,12 +180,11 @@ def _reachable_modules(model: Callable[..., Any]) -> Iterator[tuple[str, nn.Modu
         roots = {**roots, **used.globals, **used.nonlocals}
     for root, value in roots.items():
         if isinstance(value, nn.Module):
-            for name, module in value.named_modules(prefix=root):
-                yield name, module
+            yield from value.named_modules(prefix=root)
 
 
 def _encode(name: str, constraint: Any) -> dict[str, Any]:
-    options = {}
+    options: dict[str, Any] = {}
     for key, value in vars(constraint).items():
         if isinstance(value, constraints.Constraint):
             options[key] = _encode(name, value)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyro_amortize.structure import Model, Site, Source, Structure, examine
+from pyro_amortize.calls import Model
+from pyro_amortize.probes import examine
+from pyro_amortize.structure import Site, Source, Structure
 
 Inputs = str | Callable[..., Any] | list[str] | tuple[str, ...]
 
@@ -174,7 +176,7 @@ def build_plan(
     """Makes a plan from facts.
 
     Args:
-        facts: What :func:`~pyro_amortize.structure.examine` found.
+        facts: What :func:`~pyro_amortize.probes.examine` found.
         tables: Sites and plates whose parameters come from tables though they have data.
         apart: Sites with an encoder of their own.
         inputs: Names that replace the found inputs, for all blocks, or a dict from site or plate.
@@ -327,7 +329,8 @@ def _verdict(facts: Structure, plate: str, sites: list[Site], sources: tuple[Sou
             via = sorted(site.children) or [site.name]
             return Verdict(
                 False,
-                f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs other rows' data",
+                f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
+                f"other rows' data",
                 factorizes=False,
             )
     for source in facts.sources[plate]:

@@ -1,0 +1,85 @@
+"""Calls of a model, their arguments by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyro import poutine
+from torch import Tensor, nn
+
+Model = Callable[..., Any]
+
+
+class Call:
+    """A call of a model, its arguments by name however they were passed.
+
+    ``leaves`` maps the name of every argument to its value; dicts, lists and tuples are opened, so that the tensor
+    under key "y" of the argument ``batch`` is called ``batch['y']``.
+    """
+
+    def __init__(self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._bound = _signature(model).bind(*args, **kwargs)
+        self._bound.apply_defaults()
+        self.leaves: dict[str, Any] = {}
+        for name, value in self._bound.arguments.items():
+            variadic = self._bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            for key, item in value.items() if variadic else [(name, value)]:
+                self.leaves.update(_leaves(key, item))
+
+    def replaced(self, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns positional and keyword arguments for the model, some leaves replaced."""
+        arguments = {}
+        for name, value in self._bound.arguments.items():
+            if self._bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = {key: _rebuilt(key, item, values) for key, item in value.items()}
+            else:
+                arguments[name] = _rebuilt(name, value, values)
+        bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
+        return bound.args, bound.kwargs
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The leaves that are tensors."""
+        return {name: value for name, value in self.leaves.items() if isinstance(value, Tensor)}
+
+
+def accepts(model: Model, name: str) -> bool:
+    """Tells whether the model has a parameter of this name."""
+    parameters = _signature(model).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _signature(model: Model) -> inspect.Signature:
+    fn: Any = model
+    while True:
+        inner = poutine.unwrap(fn)
+        inner = inner.fn if hasattr(inner, "msngr") and hasattr(inner, "fn") else inner
+        if inner is fn:
+            break
+        fn = inner
+    return inspect.signature(fn.forward if isinstance(fn, nn.Module) and not hasattr(fn, "__signature__") else fn)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _leaves(f"{name}[{i}]", item)
+    else:
+        yield name, value
+
+
+def _rebuilt(name: str, value: Any, values: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        items = {key: _rebuilt(f"{name}[{key!r}]", item, values) for key, item in value.items()}
+        copy = value.copy()
+        copy.update(items)
+        return copy
+    if isinstance(value, (list, tuple)):
+        items_ = [_rebuilt(f"{name}[{i}]", item, values) for i, item in enumerate(value)]
+        return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
+    return values.get(name, value)

@@ -1,0 +1,333 @@
+"""The handler under which a guide runs its model: each latent's prior is replaced by q, in the model's own plates.
+
+The model is left once the last latent is drawn: its decoder does not run. That is done only for a kind of call whose
+first run went to the end with every latent covered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+
+from pyro_amortize.calls import Call
+from pyro_amortize.encoders import Rows
+from pyro_amortize.inputs import pick_rows
+from pyro_amortize.parameters import preserved
+from pyro_amortize.plan import AmortizationPlan, Block
+from pyro_amortize.posterior import Posterior
+from pyro_amortize.probes import HeldRun, site_rows
+from pyro_amortize.structure import Plate
+from pyro_amortize.supports import dressed, unconstrained_shape
+
+if TYPE_CHECKING:
+    from pyro_amortize.guides import AutoAmortized
+
+
+class _Done(BaseException):
+    """Leaves the model after its last latent; no handler of errors in the model should catch it."""
+
+
+class GuidedRun(Messenger):
+    """One run of the model under the guide."""
+
+    def __init__(
+        self,
+        guide: AutoAmortized,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: dict[str, Tensor],
+        answering: bool = False,
+        plan: AmortizationPlan | None = None,
+    ) -> None:
+        super().__init__()
+        self.guide = guide
+        self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
+        self.call = Call(guide.model, args, kwargs)
+        self.args, self.kwargs = args, kwargs
+        self.observations = observations
+        self.answering = answering
+        self.values: dict[str, Tensor] = {}
+        self.found: dict[str, Any] = {}
+        self.plates: dict[str, tuple[str, ...]] = {}
+        self._indices: dict[str, Any] = {}
+        self._looked_up: dict[str, Any] = {}
+        self._parameters: dict[str, list[Tensor] | None] = {}
+        self._exit_after: frozenset[str] | None = None
+
+    def sample(self) -> dict[str, Tensor]:
+        """Runs the model up to its last latent; returns the values of all latents."""
+        if any(source.axis is None and source.feeds not in self.observations for source in self._sources()):
+            self._look_up()
+        key = self._kind_of_call()
+        self._exit_after = self.guide._exits.get(key)
+        try:
+            with self:
+                self.guide.model(*self.args, **self.kwargs)
+        except _Done:
+            pass
+        planned = {site for block in self.plan.blocks for site in block.sites}
+        if self._exit_after is None and planned <= set(self.values) and not _form_families(self.values):
+            self.guide._exits[key] = frozenset(self.values)
+        return self.values
+
+    def examples(self) -> dict[str, list[Tensor]]:
+        """Returns the data of every block that has some, as the call holds them."""
+        held = HeldRun(self.guide.model, self.call)
+        with preserved(self.guide.model, evaluating=True):
+            trace = held.run()
+        frames = {f.name: f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]}
+        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
+        self._indices = held.indices
+        found = {}
+        for block in self.plan.blocks:
+            if block.amortized:
+                rows = self._rows(block, frames[block.plates[0]])
+                assert rows is not None
+                found[block.name] = rows
+        return found
+
+    def _sources(self) -> list[Any]:
+        return [source for block in self.plan.blocks for source in block.sources]
+
+    def _look_up(self) -> None:
+        """Runs the model once more, to see the data that come to its sites without passing through an argument."""
+        seed = int(torch.randint(2**31, ()))
+        held = HeldRun(self.guide.model, self.call)
+        with preserved(self.guide.model, evaluating=True):
+            trace = held.run(seed=seed)
+        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
+
+    def _kind_of_call(self) -> Any:
+        """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows."""
+        axes = {source.name: source.axis for source in self._sources()}
+        parts: list[Any] = [self.guide.training, getattr(self.guide.model, "training", None)]
+        for name, leaf in self.call.leaves.items():
+            if isinstance(leaf, Tensor):
+                axis = axes.get(name)
+                parts.append((name, leaf.dtype, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
+            else:
+                parts.append((name, leaf if isinstance(leaf, (int, float, str, bool, type(None))) else id(leaf)))
+        return tuple(parts)
+
+    # The handler.
+
+    def _pyro_param(self, msg: Any) -> None:
+        msg["stop"] = True
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            self._subsample(msg)
+            return
+        if msg["is_observed"]:
+            msg["stop"] = True
+            return
+        block = self.plan.block_of(name)
+        if block is None:
+            if name in self.plan.left_to_model:
+                return
+            msg["stop"] = True
+            if name not in self.plan.observed:
+                raise RuntimeError(
+                    f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
+                    f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."
+                )
+            return
+        parameters = self._block_parameters(block, msg)
+        if parameters is None:
+            return
+        q = self._distribution(msg, block, block.sites.index(name), parameters)
+        msg["fn"] = q
+        if self.answering:
+            self.found[name] = q
+            self.plates[name] = block.plates
+            msg["value"] = Posterior({name: q}, {}).median[name]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            self._indices[name] = msg["value"]
+            looked_up = self._looked_up.get("indices", {}).get(name, msg["value"])
+            if isinstance(looked_up, Tensor) and not torch.equal(looked_up, torch.as_tensor(msg["value"])):
+                raise NotImplementedError(
+                    f"{type(self.guide).__name__}: the subsample of plate '{name}' is fixed from outside, but the data "
+                    f"come from a closure, and were looked up for another subsample. Pass the data as an argument."
+                )
+        elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
+            self.values[name] = msg["value"]
+            if self._exit_after is not None and self._exit_after <= set(self.values):
+                raise _Done
+        elif self.plan.block_of(name):  # conditioned from outside
+            self.values[name] = msg["value"]
+
+    def _subsample(self, msg: Any) -> None:
+        name = msg["name"]
+        if self.guide.master is not None and name in getattr(self.guide.master(), "plates", {}):
+            msg["value"] = self.guide.master().plates[name].indices
+            msg["stop"] = True
+            self._indices[name] = msg["value"]
+        elif msg["value"] is None and name in self._looked_up.get("indices", {}):
+            msg["value"] = self._looked_up["indices"][name]
+
+    # From data to distributions.
+
+    def _block_parameters(self, block: Block, msg: Any) -> list[Tensor] | None:
+        """Returns the parameters of each site of a block, shape (..., rows, width); None where data are missing."""
+        if block.name in self._parameters:
+            return self._parameters[block.name]
+        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
+        coder = self.guide.coder_of(block)
+        parameters: list[Tensor] | None
+        if not block.amortized:
+            parameters = coder(self._index(block, frames))
+        else:
+            frame = frames[block.plates[0]]
+            rows = self._rows(block, frame)
+            if rows is None:
+                if self.answering:
+                    raise ValueError(
+                        f"{type(self.guide).__name__}: the data of '{block.sites[0]}' are missing in this call: it is "
+                        f"informed by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
+                    )
+                parameters = None
+            elif isinstance(coder, Rows):
+                parameters = coder(torch.arange(int(frame.size)))
+            else:
+                preparation = self.guide.preparation_of(block)
+                parameters = coder(preparation(rows, self.guide.dtype))
+        if self.answering and parameters is not None:
+            parameters = [values.detach() for values in parameters]
+        self._parameters[block.name] = parameters
+        return parameters
+
+    def _index(self, block: Block, frames: dict[str, Any]) -> Tensor:
+        """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
+        index = torch.zeros(1, dtype=torch.long)
+        for name in block.plates:
+            frame = frames[name]
+            full_size = self.plan.plates[name]
+            ids = self.guide.row_ids.get(name)
+            if ids is None:
+                if int(frame.full_size or frame.size) != full_size:
+                    raise ValueError(
+                        f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
+                        f"{full_size} elements of plate '{name}', but this call has {int(frame.full_size or frame.size)}. "
+                        f"A table cannot answer for new rows; use an encoder: "
+                        f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': MLP()}})."
+                    )
+                ids = self._indices.get(name)
+            ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
+            index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
+        return index
+
+    def _rows(self, block: Block, frame: Any) -> list[Tensor] | None:
+        """Returns the rows of each source of a block; None where one is missing."""
+        size, full_size = int(frame.size), int(frame.full_size or frame.size)
+        found: list[Tensor] = []
+        for source in block.sources:
+            if source.feeds in self.observations:
+                value, dim = self.observations[source.feeds], frame.dim - len(source.shape)
+                found.append(value.movedim(dim, -1 - len(source.shape)))
+                continue
+            rows: Tensor | None
+            if source.axis is None:
+                rows = self._site_rows(source, frame)
+            elif source.name == "inputs" and source.name not in self.call.leaves:
+                rows = self._function_rows(block)
+            else:
+                rows = pick_rows(
+                    source,
+                    self.call.leaves.get(source.name),
+                    frame.name,
+                    size,
+                    full_size,
+                    self._indices.get(frame.name),
+                )
+            if rows is None:
+                return None
+            found.append(rows)
+        if self.observations and not any(source.feeds in self.observations for source in block.sources):
+            raise NotImplementedError(
+                f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but they "
+                f"cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the observed "
+                f"values themselves as arguments of the model."
+            )
+        return found
+
+    def _site_rows(self, source: Any, frame: Any) -> Tensor | None:
+        site = self._looked_up.get("sites", {}).get(source.name)
+        if site is None or not site["is_observed"]:
+            return None
+        plate = Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
+        return site_rows(site["value"], len(site["fn"].event_shape), plate)
+
+    def _function_rows(self, block: Block) -> Tensor:
+        inputs = self.guide.options["inputs"]
+        if isinstance(inputs, dict):
+            inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates) if key in inputs)
+        rows: Tensor = inputs(*self.args, **self.kwargs)  # type: ignore[operator]
+        return rows
+
+    def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor]) -> Any:
+        """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
+        prior = msg["fn"]
+        event_dim = len(unconstrained_shape(msg)) - len(prior.batch_shape)
+        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
+        axes = [frames[plate].dim - event_dim for plate in block.plates]
+        shape = block.shapes[which]
+        expected = _without_axes(unconstrained_shape(msg), axes, len(shape) + len(axes))
+        if expected != shape:
+            raise ValueError(
+                f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
+                f"space, but the guide was initialized with {shape}. Build a new guide for this model."
+            )
+        values = parameters[which]
+        dim = block.dims[which]
+        placed = [
+            _placed(values[..., i * dim : (i + 1) * dim], [int(frames[p].size) for p in block.plates], axes, shape)
+            for i in range(self.guide.family.per_dim)
+        ]
+        q = dressed(msg, prior, self.guide.family.distribution(*placed))
+        return q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+
+
+class Replicate(Messenger):
+    """Draws observed sites anew; keeps deterministic sites and factors."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
+            msg["is_observed"], msg["value"] = False, None
+
+
+def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Brings parameters of shape (..., elements, dim) to a site's shape, each plate at its axis from the right."""
+    lead = values.shape[:-2]
+    values = values.reshape((*lead, *sizes, *shape)) if sizes else values.reshape((*lead, *shape))
+    missing = max((-axis for axis in axes), default=0) - (len(shape) + len(sizes))
+    if missing > 0:
+        values = values.reshape((*lead, *sizes, *(1,) * missing, *shape))
+    first = len(lead)
+    return values.movedim(list(range(first, first + len(sizes))), axes) if sizes else values
+
+
+def _without_axes(shape: Sequence[int], axes: list[int], count: int) -> tuple[int, ...]:
+    kept = list(shape)[max(len(shape) - count, 0) :]
+    drop = {axis + len(kept) for axis in axes}
+    return tuple(size for i, size in enumerate(kept) if i not in drop)
+
+
+def _form_families(names: Any) -> bool:
+    """Tells whether names like z_0, z_1 hint at a loop, whose length may depend on the data."""
+    stems = [match.group(1) for name in names if (match := re.fullmatch(r"(.*?)\d+", name))]
+    return len(stems) > len(set(stems))
+
+
+def part_key(name: str) -> str:
+    """Returns the name under which a block's modules are registered."""
+    return name.replace(".", "/")

@@ -1,0 +1,86 @@
+"""Distributions, their supports, and the bijections from R^n that reach them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import pyro.distributions.constraints as constraints
+import torch
+from pyro.infer.autoguide.utils import helpful_support_errors
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
+
+
+def bijection(site: Any, fn: Any = None) -> Transform:
+    """Returns the bijection from R^n onto a site's support, event dimensions of ``to_event`` unwrapped.
+
+    It is the identity on the reals and ``exp`` on the positives, for which KL divergences exist, and caches its last
+    value, so that a sample's density does not lose digits.
+
+    Args:
+        site: A sample site, or a message on its way to be one.
+        fn: A distribution in its place.
+
+    Raises:
+        ValueError: There is none (a discrete or spherical site), in Pyro's own words.
+    """
+    support = (site["fn"] if fn is None else fn).support
+    while isinstance(support, constraints.independent) or type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    if support is constraints.positive or support is constraints.nonnegative:
+        return ExpTransform(cache_size=1)
+    with helpful_support_errors(site):
+        transform = biject_to(support)
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform.with_cache(1)
+
+
+def unconstrained_shape(site: dict[str, Any]) -> torch.Size:
+    """Returns the shape of a site's value in unconstrained space, batch dimensions included."""
+    shape: torch.Size = bijection(site).inverse_shape(site["fn"].shape())
+    return shape
+
+
+def dressed(site: Any, prior: Any, q: Any) -> Any:
+    """Takes q to the support of a prior, and puts on the masks and event dimensions that the prior has."""
+    if isinstance(prior, dist.MaskedDistribution):
+        return dressed(site, prior.base_dist, q).mask(prior._mask)
+    if isinstance(prior, dist.Independent):
+        return dressed(site, prior.base_dist, q).to_event(prior.reinterpreted_batch_ndims)
+    transform = bijection(site, prior)
+    if isinstance(transform, ComposeTransform) and not transform.parts:
+        return q.to_event(prior.event_dim)
+    if transform.domain.event_dim == 0:
+        return dist.TransformedDistribution(q, [transform]).to_event(prior.event_dim)
+    q = dist.TransformedDistribution(q.to_event(transform.domain.event_dim), [transform])
+    return q.to_event(prior.event_dim - transform.codomain.event_dim)
+
+
+def generic_value(msg: Any) -> Tensor:
+    """Draws a value without special features, near the middle of a site's support; improper priors too."""
+    fn = msg["fn"]
+    if fn.support.is_discrete or is_delta(fn):
+        return fn.sample()
+    transform = bijection(msg)
+    like = _some_tensor(fn)
+    return transform(like.new_empty(transform.inverse_shape(fn.shape())).uniform_(-1, 1))
+
+
+def _some_tensor(fn: Any) -> Tensor:
+    """A floating tensor of the distribution's dtype and device."""
+    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    for value in [*vars(fn).values(), *vars(getattr(fn, "base_dist", fn)).values()]:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return torch.empty(())
+
+
+def is_delta(fn: Any) -> bool:
+    """Tells whether a distribution is a point mass, however wrapped."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
