@@ -19,7 +19,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide.guides import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.runtime import effectful
 from pyro.poutine.util import site_is_subsample
@@ -45,7 +45,7 @@ from pyro_amortize.parameters import load_model_state, model_state, preserved
 from pyro_amortize.plan import AmortizationPlan, Block, build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.probes import examine
-from pyro_amortize.supports import bijection
+from pyro_amortize.supports import bijection, init_to_center, is_delta
 
 
 class AutoAmortized(AutoGuide):
@@ -71,7 +71,8 @@ class AutoAmortized(AutoGuide):
     Other Arguments:
         prepare: "auto" to prepare data by what they are (see :class:`~pyro_amortize.inputs.Inputs`), None to pass
             them flattened as they are, or a function of the latter.
-        init_loc_fn: Where q starts; Pyro's initialization functions.
+        init_loc_fn: Where q starts: one of Pyro's initialization functions, or
+            :func:`~pyro_amortize.supports.init_to_center`, the default, which draws nothing.
         init_scale: Standard deviation with which q starts, in unconstrained space.
         create_plates: Accepted for likeness with Pyro's guides and ignored: the model's own plates are used.
 
@@ -99,7 +100,7 @@ class AutoAmortized(AutoGuide):
         encoder: Encoder | dict[str, Encoder] | None = None,
         inputs: Any = None,
         prepare: Prepare = "auto",
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] = init_to_center,
         init_scale: float = 0.1,
         create_plates: Any = None,
     ) -> None:
@@ -493,14 +494,15 @@ def _evaluating(*modules: Any) -> Iterator[None]:
 
 
 def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
-    """Starts sites that cannot be sampled, improper priors, at the image of zero."""
+    """Starts sites in the middle of their support where ``init_loc_fn`` needs draws that an improper prior lacks."""
 
     def init(site: Any) -> Tensor:
+        if site["fn"].support.is_discrete or is_delta(site["fn"]):
+            return site["fn"].sample()
         try:
             return init_loc_fn(site)
         except NotImplementedError:
-            transform = bijection(site)
-            return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
+            return init_to_center(site)
 
     return init
 

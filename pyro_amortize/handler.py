@@ -22,7 +22,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.probes import HeldRun, site_rows
-from pyro_amortize.structure import Plate
+from pyro_amortize.structure import Plate, Source
 from pyro_amortize.supports import dressed, unconstrained_shape
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class GuidedRun(Messenger):
                 found[block.name] = rows
         return found
 
-    def _sources(self) -> list[Any]:
+    def _sources(self) -> list[Source]:
         return [source for block in self.plan.blocks for source in block.sources]
 
     def _look_up(self) -> None:
@@ -153,12 +153,6 @@ class GuidedRun(Messenger):
         name = msg["name"]
         if site_is_subsample(msg):
             self._indices[name] = msg["value"]
-            looked_up = self._looked_up.get("indices", {}).get(name, msg["value"])
-            if isinstance(looked_up, Tensor) and not torch.equal(looked_up, torch.as_tensor(msg["value"])):
-                raise NotImplementedError(
-                    f"{type(self.guide).__name__}: the subsample of plate '{name}' is fixed from outside, but the data "
-                    f"come from a closure, and were looked up for another subsample. Pass the data as an argument."
-                )
         elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
             self.values[name] = msg["value"]
             if self._exit_after is not None and self._exit_after <= set(self.values):
@@ -260,12 +254,25 @@ class GuidedRun(Messenger):
             )
         return found
 
-    def _site_rows(self, source: Any, frame: Any) -> Tensor | None:
-        site = self._looked_up.get("sites", {}).get(source.name)
+    def _site_rows(self, source: Source, frame: Any) -> Tensor | None:
+        """Returns an observed site's values for the plate's present elements, as they were looked up."""
+        site = self._looked_up["sites"].get(source.name)
         if site is None or not site["is_observed"]:
             return None
-        plate = Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
-        return site_rows(site["value"], len(site["fn"].event_shape), plate)
+        there, here = self._looked_up["indices"].get(frame.name), self._indices.get(frame.name)
+        size = int(frame.size) if there is None else len(there)
+        plate = Plate(frame.name, frame.dim, size, int(frame.full_size or frame.size))
+        rows = site_rows(site["value"], len(site["fn"].event_shape), plate)
+        if there is None or torch.equal(torch.as_tensor(there), torch.as_tensor(here)):
+            return rows
+        places = {int(j): i for i, j in enumerate(there)}
+        if not all(int(j) in places for j in here):  # type: ignore[union-attr]
+            raise NotImplementedError(
+                f"{type(self.guide).__name__}: the subsample of plate '{frame.name}' is fixed from outside, but the "
+                f"data of '{source.name}' come from a closure, and were looked up for another subsample. Pass the data "
+                f"as an argument."
+            )
+        return rows[torch.tensor([places[int(j)] for j in here])]  # type: ignore[union-attr]
 
     def _function_rows(self, block: Block) -> Tensor:
         inputs = self.guide.options["inputs"]

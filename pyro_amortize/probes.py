@@ -15,6 +15,7 @@ Nothing is changed by looking: not the random state, the param store, module buf
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class HeldRun(Messenger):
         self.call = call
         self.values: dict[str, Tensor] = {}
         self.indices: dict[str, Any] = {}
+        self.plate_dims: dict[str, dict[str, int]] = {}
         self._latents: dict[str, Tensor] = {}
         self._observed: dict[str, Tensor] = {}
 
@@ -51,6 +53,7 @@ class HeldRun(Messenger):
         latents: dict[str, Tensor] | None = None,
         observed: dict[str, Tensor] | None = None,
         seed: int = 0,
+        under: Any = None,
     ) -> poutine.Trace:
         """Runs the model once, with some arguments, latents or observations other than held.
 
@@ -61,7 +64,7 @@ class HeldRun(Messenger):
         values = {name: value.clone() for name, value in self.call.tensors.items()}
         args, kwargs = self.call.replaced({**values, **(leaves or {})})
         pyro.set_rng_seed(seed)
-        with torch.no_grad(), poutine.block(), self:
+        with torch.no_grad(), poutine.block(), under or nullcontext(), self:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         trace = prune_subsample_sites(trace)
         for name, site in trace.nodes.items():
@@ -80,6 +83,8 @@ class HeldRun(Messenger):
         else:
             if name not in self.values:
                 self.values[name] = generic_value(msg)
+                events = len(msg["fn"].event_shape)
+                self.plate_dims[name] = {f.name: f.dim - events for f in msg["cond_indep_stack"] if f.vectorized}
             msg["value"] = self._latents.get(name, self.values[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -1,0 +1,198 @@
+"""A model, a guide and data, turned into log p and log q of draws from the guide, per datum. Trains nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from pyro_amortize.calls import Model
+from pyro_amortize.parameters import preserved
+
+CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Log densities, in nats, of draws from a guide.
+
+    Attributes:
+        log_p: log p(data, latents): shape (draws, rows) if per datum of a plate, else (draws,).
+        log_q: log q(latents), of the same shape.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Log p - log q: its mean over draws estimates the ELBO."""
+        return self.log_p - self.log_q
+
+
+class Subsample(Messenger):
+    """Fixes which elements of a plate a model sees, where the plate subsamples by itself."""
+
+    def __init__(self, plate: str, indices: Tensor) -> None:
+        super().__init__()
+        self.plate = plate
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] == self.plate:
+            msg["value"] = self.indices
+
+
+def log_densities(
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    plate: str | None = None,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> Densities:
+    """Draws from a guide and returns the log densities of the draws.
+
+    Modules run in eval mode. Draws are made in one run of the model where that gives what a run each gives, which is
+    tried first. Per datum, only the plate's own sites are counted, and the plate's subsampling scale is left out; a
+    plate that subsamples itself is walked through, all its elements once.
+
+    Args:
+        model: The model, its global latents conditioned where densities are wanted per datum.
+        guide: Its guide, conditioned alike.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        plate: Name of the plate whose elements are the data; None for totals.
+        num_draws: Number of draws.
+        seed: Of the draws; two guides of the same sites get common random numbers.
+    """
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        pyro.set_rng_seed(seed)
+        evaluation = _Evaluation(model, guide, args, kwargs)
+        if plate is None:
+            return evaluation.draws(None, num_draws, seed)
+        parts, order = [], []
+        for indices, new in evaluation.parts(plate):
+            with Subsample(plate, indices):
+                part = evaluation.draws(plate, num_draws, seed)
+            parts.append((part.log_p[:, new], part.log_q[:, new]))
+            order.append(indices[new])
+        log_p, log_q = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+        back = torch.argsort(torch.cat(order))
+        return Densities(log_p[:, back], log_q[:, back])
+
+
+class _Evaluation:
+    """One model, guide and call."""
+
+    def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+        self.shapes = {name: site["value"].shape for name, site in trace.nodes.items() if site["type"] == "sample"}
+        sites = [site for site in replayed.nodes.values() if site["type"] == "sample"]
+        self.frames = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.vectorized}
+        self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
+        self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
+        self.vectorized: bool | None = None
+
+    def parts(self, plate: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields subsamples that cover a plate, each with the mask of elements that are new."""
+        if plate not in self.frames:
+            raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(self.frames)}.")
+        frame = self.frames[plate]
+        size, full_size = int(frame.size), int(frame.full_size or frame.size)
+        for start in range(0, full_size, size):
+            indices = torch.arange(full_size)[min(start, full_size - size) :][:size]
+            yield indices, indices >= start
+
+    def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
+        if self.vectorized is None:
+            self.vectorized = self._can_vectorize(plate)
+        chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
+        pyro.set_rng_seed(seed)
+        pieces = []
+        while num_draws > 0:
+            count = min(chunk, num_draws)
+            pieces.append(self._run(plate, count) if self.vectorized else self._sequential(plate))
+            num_draws -= count
+        log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
+        return Densities(log_p, log_q)
+
+    def _traces(self, count: int | None) -> tuple[poutine.Trace, poutine.Trace]:
+        guide, model = self.guide, self.model
+        if count is not None:
+            draws = pyro.plate("_draws", count, dim=-1 - self.nesting)
+            guide, model = draws(guide), draws(model)
+        guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.kwargs)
+        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+    def _run(self, plate: str | None, count: int) -> tuple[Tensor, Tensor]:
+        model_trace, guide_trace = self._traces(count)
+        return self._sum(model_trace, plate, count), self._sum(guide_trace, plate, count)
+
+    def _sequential(self, plate: str | None) -> tuple[Tensor, Tensor]:
+        model_trace, guide_trace = self._traces(None)
+        return self._sum(model_trace, plate, None), self._sum(guide_trace, plate, None)
+
+    def _sum(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
+        """Sums the log densities of a trace's sites to shape (draws,) or (draws, rows)."""
+        total = torch.zeros(())
+        rows = int(self.frames[plate].size) if plate is not None else None
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or site["infer"].get("_deterministic") or site["infer"].get("_do_not_trace"):
+                continue
+            frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+            if plate is not None and plate not in frames:
+                continue
+            scale = site["scale"]
+            if plate is not None:
+                for name, frame in frames.items():
+                    scale = scale * int(frame.size) / int(frame.full_size or frame.size) if name != "_draws" else scale
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = torch.as_tensor(scale_and_mask(log_prob, scale, site["mask"]))
+            total = total.to(log_prob.device) + self._reduce(log_prob, site, plate, count)
+        shape = (count or 1,) if rows is None else (count or 1, rows)
+        return total.expand(shape)
+
+    def _reduce(self, log_prob: Tensor, site: Any, plate: str | None, count: int | None) -> Tensor:
+        batch = torch.broadcast_shapes(log_prob.shape, site["fn"].batch_shape)
+        dims = max(len(batch), self.nesting + (count is not None))
+        log_prob = log_prob.expand(batch).reshape((1,) * (dims - len(batch)) + batch)
+        lead = log_prob.movedim(-1 - self.nesting, 0) if count is not None else log_prob[None]
+        if plate is None:
+            return lead.reshape(len(lead), -1).sum(-1)
+        dim = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
+        rows = lead.movedim(dim, 1)
+        return rows.reshape(rows.shape[0], rows.shape[1], -1).sum(-1)
+
+    def _can_vectorize(self, plate: str | None) -> bool:
+        """Tries whether two draws in one run have the densities that they have in a run each."""
+        try:
+            model_trace, guide_trace = self._traces(2)
+            together = self._sum(model_trace, plate, 2)
+            for k in range(2):
+                values = {}
+                for name, site in guide_trace.nodes.items():
+                    if site["type"] == "sample" and not site["is_observed"]:
+                        full = (2, *site["value"].shape[1:])
+                        values[name] = site["value"].expand(full)[k].reshape(self.shapes[name])
+                alone = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.args, **self.kwargs)
+                log_p = self._sum(prune_subsample_sites(alone), plate, None)[0]
+                if not torch.allclose(together[k], log_p, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
+                    return False
+        except (ValueError, RuntimeError, IndexError, KeyError):
+            return False
+        return True

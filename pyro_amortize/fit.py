@@ -1,0 +1,369 @@
+"""A model, a guide and data, turned into a trained guide: the record of a fit."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_amortize.calls import Model
+from pyro_amortize.densities import log_densities
+from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
+from pyro_amortize.parameters import Preserved
+
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+NUM_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class SVIFit:
+    """A trained guide, and how its training went.
+
+    Attributes:
+        guide: The guide.
+        losses: Loss at each step, shape (num_steps,): minus the ELBO in nats, if the loss is one.
+        elbo: ELBO in nats on all data after training, from many draws.
+        elbo_se: Its standard error.
+        converged: Whether the loss had stopped falling: its fall from the third quarter of the steps to the last is
+            within three standard errors of zero, or below a thousandth of its whole fall.
+        num_steps: Number of steps.
+        seconds: Wall-clock time of everything.
+        num_parameters: Size of the guide; the model's own parameters do not count.
+    """
+
+    guide: Any
+    losses: Tensor
+    elbo: float
+    elbo_se: float
+    converged: bool
+    num_steps: int
+    seconds: float
+    num_parameters: int
+
+    def __str__(self) -> str:
+        state = "converged" if self.converged else "NOT converged: the loss was still falling; raise num_steps"
+        return (
+            f"SVIFit: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f} nats after {self.num_steps} steps, "
+            f"{self.seconds:.1f} s, {self.num_parameters} parameters, {state}"
+        )
+
+
+def fit_svi(
+    model: Model,
+    guide: Model,
+    *args: Any,
+    num_steps: int = 2000,
+    batch_size: int | None = None,
+    lr: float = 0.01,
+    optim: Optimizer | None = None,
+    loss: Any = None,
+    num_particles: int = 1,
+    seed: int | None = None,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> SVIFit:
+    """Trains a guide, and the model's own parameters with it, as ``SVI`` does.
+
+    The learning rate decays to zero along a cosine, so that the fit settles, and it never stops early.
+
+    Main arguments:
+        model: A Pyro model.
+        guide: Its guide, generated or written by hand.
+        args: The model's positional arguments, all data.
+        num_steps: Number of steps.
+        batch_size: Rows a step; the model need not be changed for it. Used where it is exact, else a warning says why
+            not, and steps take all rows.
+        lr: Learning rate at the start.
+        model_kwargs: The model's keyword arguments.
+
+    Other Arguments:
+        optim: Makes a torch optimizer from a list of parameters; ``Adam(lr)`` by default.
+        loss: A Pyro ELBO, or a function as ``SVI`` takes. By default ``TraceMeanField_ELBO`` for generated guides,
+            whose KL divergence is analytic where it can be, and ``Trace_ELBO`` for others.
+        num_particles: Draws a step, of the default loss.
+        seed: Of this fit; the global random state is then left alone.
+        progress: Whether to show a progress bar with the loss.
+
+    Returns:
+        The record of the fit; its ``guide`` is the one passed.
+
+    Raises:
+        ValueError: An argument is out of range.
+        RuntimeError: The loss or a gradient is not finite; parameters are put back to the last good step.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.randn(200)
+        >>> fit = fit_svi(model, AutoAmortizedNormal(model), x, num_steps=300, seed=0, progress=False)
+        >>> fit.converged
+        True
+    """
+    options = Options(num_steps, batch_size, lr, optim, loss, num_particles, seed, progress)
+    return train(model, guide, args, model_kwargs or {}, options, "fit_svi")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every fit takes."""
+
+    num_steps: int = 2000
+    batch_size: int | None = None
+    lr: float = 0.01
+    optim: Optimizer | None = None
+    loss: Any = None
+    num_particles: int = 1
+    seed: int | None = None
+    progress: bool = True
+    vectorize_particles: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_particles", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"fit: {name}={value!r}. Expected a positive whole number.")
+        if not self.lr > 0:
+            raise ValueError(f"fit: lr={self.lr!r}. Expected a positive number.")
+
+
+def train(
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    title: str,
+    *,
+    held: Preserved | None = None,
+    train_model: bool = True,
+) -> SVIFit:
+    """Trains a guide; :func:`fit_svi` without its defaults.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        options: As of ``fit_svi``.
+        title: What the progress bar says.
+        held: If the model's parameters are to be as before in the end, the record that puts them back.
+        train_model: Whether the model's own parameters are trained meanwhile; without, ``held`` is needed.
+    """
+    start = time.perf_counter()
+    with seeded(options.seed):
+        if isinstance(guide, AutoAmortized):
+            guide.initialize(*args, **kwargs)
+        batches = _Batches(model, guide, args, kwargs, options)
+        steps = _Steps(model, guide, options, held, train_model)
+        losses = []
+        bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
+        for step in bar:
+            with batches.next() as batch:
+                losses.append(steps.take(step, *batch))
+            if step % max(1, options.num_steps // 100) == 0:
+                bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
+        ratio = log_densities(model, guide, args, kwargs, num_draws=NUM_DRAWS, seed=options.seed or 0).log_ratio
+    trace = torch.tensor(losses)
+    return SVIFit(
+        guide=guide,
+        losses=trace,
+        elbo=float(ratio.mean()),
+        elbo_se=float(ratio.std() / math.sqrt(len(ratio))),
+        converged=_has_converged(trace),
+        num_steps=options.num_steps,
+        seconds=time.perf_counter() - start,
+        num_parameters=sum(p.numel() for p in guide_parameters(guide, args, kwargs).values()),
+    )
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Runs a block from a seed and puts the random state back; with None, from the present state."""
+    if seed is None:
+        yield
+        return
+    state = pyro.util.get_rng_state()
+    try:
+        pyro.set_rng_seed(seed)
+        yield
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+def guide_parameters(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns a guide's own unconstrained parameters, as one run of it announces them."""
+    with poutine.block(), poutine.trace(param_only=True) as capture, torch.no_grad():
+        guide(*args, **kwargs)
+    return {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+
+
+class _Steps:
+    """The optimizer's steps, and what is put back when one goes wrong."""
+
+    def __init__(self, model: Model, guide: Model, options: Options, held: Preserved | None, train_model: bool) -> None:
+        self.model, self.guide, self.options, self.held = model, guide, options, held
+        self.train_model = train_model
+        self.loss = options.loss or _default_loss(guide, options)
+        self.parameters: dict[int, Tensor] = {}
+        self.last_good: dict[int, Tensor] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        if held is not None:  # gradients that the user holds are put back, not added to
+            store = [p for name, p in pyro.get_param_store().named_parameters()]
+            for parameter in [*store, *(model.parameters() if isinstance(model, nn.Module) else ())]:
+                held.keep(parameter)
+                parameter.grad = None
+
+    def take(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float:
+        """Takes one step; returns the loss."""
+        try:
+            with handler, poutine.trace(param_only=True) as capture:
+                value = self._loss_and_grads(args, kwargs)
+        except ValueError as error:
+            if all(bool(p.isfinite().all()) for p in self.parameters.values()):
+                raise
+            self._fail(step, args, kwargs, error)
+        announced = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+        self._adopt(announced, args, kwargs)
+        trained = self.parameters.values()
+        if not math.isfinite(value) or any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in trained):
+            self._fail(step, args, kwargs, None)
+        assert self.optimizer is not None
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                self.last_good[key].copy_(parameter)
+        factor = 0.5 * (1 + math.cos(math.pi * step / self.options.num_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        self.optimizer.step()
+        self._clear(announced.values())
+        return value
+
+    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        if hasattr(self.loss, "loss_and_grads"):
+            value = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            return float(sum(value)) if isinstance(value, tuple) else float(value)
+        value = self.loss(self.model, self.guide, *args, **kwargs)
+        value.backward()
+        return float(value.detach())
+
+    def _adopt(self, announced: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes parameters not seen before into the optimizer."""
+        new = {id(p): p for p in announced.values() if id(p) not in self.parameters}
+        if new and self.held is not None:
+            own = {id(p) for p in guide_parameters(self.guide, args, kwargs).values()}
+            for key in set(new) - own:
+                self.held.keep(new[key])
+            new = new if self.train_model else {key: p for key, p in new.items() if key in own}
+        if not new:
+            return
+        self.parameters.update(new)
+        self.last_good.update({key: p.detach().clone() for key, p in new.items()})
+        if self.optimizer is None:
+            make = self.options.optim or (lambda params: torch.optim.Adam(params, lr=self.options.lr))
+            self.optimizer = make(list(new.values()))
+        else:
+            self.optimizer.add_param_group({"params": list(new.values())})
+
+    @staticmethod
+    def _clear(parameters: Any) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _fail(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> None:
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(self.last_good[key])
+                parameter.grad = None
+        where = _not_finite(self.model, self.guide, args, kwargs)
+        raise RuntimeError(
+            f"fit: the loss or a gradient is not finite at step {step}{where}. Parameters are back at the last good "
+            f"step. Lower the learning rate, fit_svi(..., lr={self.options.lr / 10:g}), or look for infinite values in "
+            f"the data and scales that reach zero in the model."
+        ) from error
+
+
+def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Names the first site whose log density is not finite with the present parameters."""
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+        guided = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not bool(site["log_prob_sum"].isfinite()):
+            return f" (site '{name}' of the model has log density {float(site['log_prob_sum'])})"
+    return ""
+
+
+def _default_loss(guide: Model, options: Options) -> Any:
+    analytic = isinstance(guide, AutoAmortized) and guide.plan is not None and not guide.plan.left_to_model
+    elbo = TraceMeanField_ELBO if analytic else Trace_ELBO
+    vectorize = options.vectorize_particles and options.num_particles > 1
+    return elbo(num_particles=options.num_particles, vectorize_particles=vectorize)
+
+
+class _Batches:
+    """The rows of each step: all of them, or the next ones of a random order."""
+
+    def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options):
+        self.guide, self.args, self.kwargs = guide, args, kwargs
+        self.size = options.batch_size
+        self.way = _minibatches(model, args, kwargs, options)
+        self.order = torch.empty(0, dtype=torch.long)
+
+    @contextmanager
+    def next(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        """Yields arguments, and the handler to run model and guide under."""
+        if self.way is None:
+            yield self.args, self.kwargs, nullcontext()
+            return
+        if len(self.order) < self.size:  # type: ignore[operator]
+            self.order = torch.randperm(self.way.plate.size)
+        rows, self.order = self.order[: self.size], self.order[self.size :]
+        guide = self.guide if isinstance(self.guide, AutoAmortized) and not self.way.inject else None
+        if guide is not None:
+            guide.row_ids = {self.way.plate.name: rows}
+        try:
+            yield self.way.rows(rows)
+        finally:
+            if guide is not None:
+                guide.row_ids = {}
+
+
+def _minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Minibatches | None:
+    if options.batch_size is None:
+        return None
+    batches = exact_minibatches(model, args, kwargs)
+    if isinstance(batches, str):
+        if batches != SUBSAMPLES_ITSELF:
+            warnings.warn(
+                f"fit: batch_size={options.batch_size} is not used, since minibatches of this model would not be "
+                f"exact: {batches}. Every step takes all rows.",
+                UserWarning,
+                stacklevel=5,
+            )
+        return None
+    return batches if options.batch_size < batches.plate.size else None
+
+
+def _has_converged(losses: Tensor) -> bool:
+    quarter = len(losses) // 4
+    if quarter < 2:
+        return False
+    third, last = losses[-2 * quarter : -quarter].double(), losses[-quarter:].double()
+    fall = float(third.mean() - last.mean())
+    se = math.sqrt(float(third.var() + last.var()) / quarter)
+    return fall <= max(3 * se, 1e-3 * abs(float(losses[: max(1, quarter // 10)].mean() - last.mean())))

@@ -1,0 +1,144 @@
+"""A model and data, turned into exact minibatches: some rows of the data, their terms rescaled to all.
+
+Three ways exist, and are tried in turn: give the plate the indices of its subsample (models that write ``x[i]``),
+slice the arguments along the plate's axis, or both. A way counts as exact if, with the latents held, the mean of the
+rescaled log joints over a partition of the rows equals the full log joint, site by site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_amortize.calls import Call, Model
+from pyro_amortize.parameters import preserved
+from pyro_amortize.probes import HeldRun, examine
+from pyro_amortize.structure import Plate, Source
+
+SUBSAMPLES_ITSELF = "the model subsamples by itself"
+
+
+class Rescaled(Messenger):
+    """Runs model and guide on some rows of a plate.
+
+    Args:
+        plate: The plate as the full data have it.
+        rows: Which elements.
+        inject: Whether the plate is told its subsample; if not, its sites' terms are rescaled here.
+    """
+
+    def __init__(self, plate: Plate, rows: Tensor, inject: bool) -> None:
+        super().__init__()
+        self.plate, self.rows, self.inject = plate, rows, inject
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if self.inject and msg["name"] == self.plate.name:
+                msg["value"] = self.rows
+        elif not self.inject and any(frame.name == self.plate.name for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * (self.plate.full_size / len(self.rows))
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """An exact way to run a model on some rows.
+
+    Attributes:
+        plate: The plate whose elements are picked.
+        inject: Whether the plate is told its subsample.
+        slices: The arguments that are sliced.
+    """
+
+    call: Call
+    plate: Plate
+    inject: bool
+    slices: tuple[Source, ...]
+
+    def rows(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Rescaled]:
+        """Returns the model's arguments for some rows, and the handler to run model and guide under."""
+        leaves = {}
+        for source in self.slices:
+            leaf = self.call.leaves[source.name]
+            leaves[source.name] = leaf.index_select(source.axis, rows.to(leaf.device))
+        args, kwargs = self.call.replaced(leaves)
+        return args, kwargs, Rescaled(self.plate, rows, self.inject)
+
+
+def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Minibatches | str:
+    """Finds an exact way to minibatch a model.
+
+    Returns:
+        The way, or the reason why there is none.
+    """
+    facts = examine(model, args, kwargs)
+    observed = [site for site in facts.sites.values() if site.observed]
+    plates = {plate for site in observed for plate in site.plates}
+    if any(facts.plates[name].size < facts.plates[name].full_size for name in plates):
+        return SUBSAMPLES_ITSELF
+    if len(plates) != 1:
+        return f"its observed sites stand in {len(plates)} plates, {sorted(plates)}; minibatches need one"
+    plate = facts.plates[plates.pop()]
+    if plate.size < 4:
+        return f"plate '{plate.name}' has only {plate.size} elements"
+    outside = [site.name for site in observed if plate.name not in site.plates]
+    if outside:
+        return f"site '{outside[0]}' is observed outside plate '{plate.name}'"
+    call = Call(model, args, kwargs)
+    slices = tuple(source for source in facts.sources[plate.name] if source.axis is not None)
+    ways = [Minibatches(call, plate, True, ())]
+    ways += [Minibatches(call, plate, True, slices), Minibatches(call, plate, False, slices)] if slices else []
+    reasons = []
+    with preserved(model, evaluating=True):
+        held = HeldRun(model, call)
+        full = _sums(held.run())
+        for way in ways:
+            reason = _bias(way, held, full)
+            if reason is None:
+                return way
+            reasons.append(reason)
+    return reasons[-1]
+
+
+def _sums(trace: Any) -> dict[str, Tensor]:
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return {name: torch.stack([s["log_prob_sum"], s["log_prob"].abs().sum()]) for name, s in sites.items()}
+
+
+def _bias(way: Minibatches, held: HeldRun, full: dict[str, Tensor]) -> str | None:
+    """Says at which site the parts of a partition do not add up to the whole, if at one."""
+    torch.manual_seed(3)
+    plate = way.plate
+    order = torch.randperm(plate.size)
+    cuts = [0, plate.size // 3, plate.size // 2, plate.size]
+    total: dict[str, Tensor] = {}
+    for start, stop in pairwise(cuts):
+        rows = order[start:stop]
+        args, kwargs, handler = way.rows(rows)
+        part = HeldRun(held.model, Call(held.model, args, kwargs))
+        part.values = {name: _picked(value, name, held, plate, rows) for name, value in held.values.items()}
+        try:
+            with pyro.validation_enabled(False):
+                trace = part.run(under=handler)
+        except (ValueError, RuntimeError, IndexError) as error:
+            return f"it does not run on some rows of plate '{plate.name}' ({str(error).splitlines()[0]})"
+        for name, sums in _sums(trace).items():
+            total[name] = total.get(name, torch.zeros(2)) + sums * len(rows) / plate.size
+    for name, (log_joint, size) in full.items():
+        if name not in total or not bool((total[name][0] - log_joint).abs() <= 2e-5 * (1 + size)):
+            return (
+                f"the mean of its rescaled log joints over a partition of the rows of plate '{plate.name}' is not the "
+                f"full log joint: they differ at site '{name}', whose terms depend on the number of rows or on each other"
+            )
+    return None
+
+
+def _picked(value: Tensor, name: str, held: HeldRun, plate: Plate, rows: Tensor) -> Tensor:
+    dim = held.plate_dims.get(name, {}).get(plate.name)
+    return value if dim is None or value.shape[dim] == 1 else value.index_select(dim, rows)
