@@ -1,9 +1,16 @@
 """Amortized guides for any Pyro model, and what amortizing cost, in nats."""
 
+from pyro_amortize.compare import Comparison, compare_inference
+from pyro_amortize.decorator import amortize
 from pyro_amortize.encoders import MLP, Constant, Table
+from pyro_amortize.fit import SVIFit, fit_svi
+from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
-from pyro_amortize.plan import AmortizationPlan, Block, plan_amortization
+from pyro_amortize.plan import AmortizationPlan, Block, Verdict, plan_amortization
 from pyro_amortize.posterior import Posterior
+from pyro_amortize.reference import MCMCFit, fit_mean_field, fit_optimum, run_mcmc
+
+__version__ = "0.1.0"
 
 __all__ = [
     "MLP",
@@ -11,10 +18,20 @@ __all__ = [
     "AutoAmortized",
     "AutoAmortizedNormal",
     "Block",
+    "Comparison",
     "Constant",
+    "GapReport",
+    "MCMCFit",
     "Posterior",
+    "SVIFit",
     "Table",
+    "Verdict",
+    "amortization_gap",
+    "amortize",
+    "compare_inference",
+    "fit_mean_field",
+    "fit_optimum",
+    "fit_svi",
     "plan_amortization",
+    "run_mcmc",
 ]
-
-__version__ = "0.1.0"

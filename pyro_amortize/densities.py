@@ -93,6 +93,41 @@ def log_densities(
         return Densities(log_p[:, back], log_q[:, back])
 
 
+def log_joint(
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plate: str,
+    values: dict[str, Tensor],
+) -> Tensor:
+    """Returns log p(data, latents) in nats at given latents, per datum of a plate.
+
+    Latents without a value are drawn from the model and not counted.
+
+    Args:
+        model: The model, its global latents conditioned.
+        guide: A guide of it.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        plate: Name of the plate, which must not subsample.
+        values: Site -> shape (draws, *shape of the site).
+
+    Returns:
+        Shape (draws, rows).
+    """
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        pyro.set_rng_seed(0)
+        return _Evaluation(model, guide, args, kwargs).at(values, plate)
+
+
+def can_vectorize(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tells whether draws made in one run of model and guide are what a run each gives."""
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        pyro.set_rng_seed(0)
+        return _Evaluation(model, guide, args, kwargs).can_vectorize(None)
+
+
 class _Evaluation:
     """One model, guide and call."""
 
@@ -101,6 +136,11 @@ class _Evaluation:
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
         self.shapes = {name: site["value"].shape for name, site in trace.nodes.items() if site["type"] == "sample"}
+        self.batches = {
+            name: site["fn"].batch_shape
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not site_is_subsample(site)
+        }
         sites = [site for site in replayed.nodes.values() if site["type"] == "sample"]
         self.frames = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.vectorized}
         self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
@@ -119,7 +159,7 @@ class _Evaluation:
 
     def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
         if self.vectorized is None:
-            self.vectorized = self._can_vectorize(plate)
+            self.vectorized = self.can_vectorize(plate)
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pyro.set_rng_seed(seed)
         pieces = []
@@ -146,6 +186,27 @@ class _Evaluation:
     def _sequential(self, plate: str | None) -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = self._traces(None)
         return self._sum(model_trace, plate, None), self._sum(guide_trace, plate, None)
+
+    def at(self, values: dict[str, Tensor], plate: str) -> Tensor:
+        vectorized = self.can_vectorize(plate)
+        num_draws = len(next(iter(values.values())))
+        chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if vectorized else 1
+        pieces = []
+        for start in range(0, num_draws, chunk):
+            part = {name: value[start : start + chunk] for name, value in values.items()}
+            count = len(next(iter(part.values())))
+            model = self.model
+            if vectorized:
+                model = pyro.plate("_draws", count, dim=-1 - self.nesting)(model)
+                lacking = {name: self.nesting - len(self.batches[name]) for name in part}
+                part = {n: v.reshape((count,) + (1,) * lacking[n] + v.shape[1:]) for n, v in part.items()}
+            else:
+                part = {name: value[0] for name, value in part.items()}
+            trace = poutine.trace(poutine.condition(model, data=part)).get_trace(*self.args, **self.kwargs)
+            for name, _ in list(trace.iter_stochastic_nodes()):
+                trace.remove_node(name)
+            pieces.append(self._sum(trace, plate, count if vectorized else None))
+        return torch.cat(pieces)
 
     def _sum(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
         """Sums the log densities of a trace's sites to shape (draws,) or (draws, rows)."""
@@ -178,7 +239,7 @@ class _Evaluation:
         rows = lead.movedim(dim, 1)
         return rows.reshape(rows.shape[0], rows.shape[1], -1).sum(-1)
 
-    def _can_vectorize(self, plate: str | None) -> bool:
+    def can_vectorize(self, plate: str | None) -> bool:
         """Tries whether two draws in one run have the densities that they have in a run each."""
         try:
             model_trace, guide_trace = self._traces(2)

@@ -512,7 +512,7 @@ def _made(encoder: Any, block: Block) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"AutoAmortized: the encoder of {list(block.sites)}, called with the number of features, returned a "
-            f"{type(module).__name__}. Expected an nn.Module, as MLP((64, 64)) gives; an nn.Module may also be passed itself."
+            f"{type(module).__name__}. Expected an nn.Module, as MLP((64, 64)) gives; one may also be passed itself."
         )
     return module
 
@@ -521,8 +521,8 @@ def _check_encoder(guide: str, encoder: Any) -> None:
     for value in encoder.values() if isinstance(encoder, dict) else [encoder]:
         if not (value is None or isinstance(value, (Table, Constant)) or callable(value)) or value in (Table, Constant):
             raise ValueError(
-                f"{guide}: encoder={value!r}. Expected None, an nn.Module, a callable from the number of features to an "
-                f"nn.Module such as MLP((64, 64)), Table(), Constant(), or a dict from site or plate name to these."
+                f"{guide}: encoder={value!r}. Expected None, an nn.Module, a callable from the number of features to "
+                f"an nn.Module such as MLP((64, 64)), Table(), Constant(), or a dict from site or plate name to these."
             )
 
 

@@ -208,10 +208,11 @@ class GuidedRun(Messenger):
             full_size = self.plan.plates[name]
             ids = self.guide.row_ids.get(name)
             if ids is None:
-                if int(frame.full_size or frame.size) != full_size:
+                present = int(frame.full_size or frame.size)
+                if present != full_size:
                     raise ValueError(
                         f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
-                        f"{full_size} elements of plate '{name}', but this call has {int(frame.full_size or frame.size)}. "
+                        f"{full_size} elements of plate '{name}', but this call has {present}. "
                         f"A table cannot answer for new rows; use an encoder: "
                         f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': MLP()}})."
                     )
@@ -248,9 +249,9 @@ class GuidedRun(Messenger):
             found.append(rows)
         if self.observations and not any(source.feeds in self.observations for source in block.sources):
             raise NotImplementedError(
-                f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but they "
-                f"cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the observed "
-                f"values themselves as arguments of the model."
+                f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but "
+                f"they cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the "
+                f"observed values themselves as arguments of the model."
             )
         return found
 

@@ -147,7 +147,7 @@ def pick_rows(source: Source, value: Any, plate: str, size: int, full_size: int,
 
 def _flat(value: Tensor, source: Source) -> Tensor:
     batch = value.dim() - len(source.shape)
-    return value.reshape(value.shape[:batch] + (_numel(source),))
+    return value.reshape((*value.shape[:batch], _numel(source)))
 
 
 def _joined(columns: list[Tensor]) -> Tensor:

@@ -134,7 +134,7 @@ def _bias(way: Minibatches, held: HeldRun, full: dict[str, Tensor]) -> str | Non
         if name not in total or not bool((total[name][0] - log_joint).abs() <= 2e-5 * (1 + size)):
             return (
                 f"the mean of its rescaled log joints over a partition of the rows of plate '{plate.name}' is not the "
-                f"full log joint: they differ at site '{name}', whose terms depend on the number of rows or on each other"
+                f"full log joint: they differ at site '{name}', whose terms depend on the number of rows or each other"
             )
     return None
 

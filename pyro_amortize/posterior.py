@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
@@ -88,18 +87,20 @@ class Posterior:
         return f"Posterior({shapes})"
 
 
-def _core(fn: Any) -> tuple[Any, list[Any]]:
-    """Takes off masks and event dimensions; returns the normal underneath, and the transforms on it."""
+def normal_underneath(fn: Any) -> tuple[Any, list[Any]] | None:
+    """Takes off masks, event dimensions and transforms; returns the normal and the transforms, or None."""
     transforms: list[Any] = []
-    while not isinstance(fn, dist.Normal):
-        if isinstance(fn, dist.TransformedDistribution):
+    while not isinstance(fn, torch.distributions.Normal):
+        if isinstance(fn, torch.distributions.TransformedDistribution):
             transforms = list(fn.transforms) + transforms
-        fn = fn.base_dist
+        fn = getattr(fn, "base_dist", None)
+        if fn is None:
+            return None
     return fn, transforms
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:
-    base, transforms = _core(fn)
+    base, transforms = normal_underneath(fn)  # type: ignore[misc]
     if not transforms:
         return base.loc, base.scale
     if len(transforms) == 1 and isinstance(transforms[0], ExpTransform):
@@ -112,7 +113,7 @@ def _moments(fn: Any) -> tuple[Tensor, Tensor]:
 
 
 def _quantiles(fn: Any, quantiles: Sequence[float] | Tensor) -> Tensor:
-    base, transforms = _core(fn)
+    base, transforms = normal_underneath(fn)  # type: ignore[misc]
     levels = torch.as_tensor(quantiles, dtype=base.loc.dtype, device=base.loc.device)
     value = base.icdf(levels.reshape((-1,) + (1,) * base.loc.dim()))
     for transform in transforms:

@@ -479,9 +479,9 @@ def _refuse_nan(name: str, site: Any) -> None:
 
 def _kind(fn: Any) -> tuple[str, int]:
     """Says what the values of an observed site are, and how many categories they have."""
-    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
-    if isinstance(fn, dist.Categorical):
+    if isinstance(fn, torch.distributions.Categorical):
         return "category", fn.logits.shape[-1]
     support = fn.support
     if type(support).__name__ in ("_Boolean", "_OneHot"):

@@ -48,7 +48,7 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
     """Takes q to the support of a prior, and puts on the masks and event dimensions that the prior has."""
     if isinstance(prior, dist.MaskedDistribution):
         return dressed(site, prior.base_dist, q).mask(prior._mask)
-    if isinstance(prior, dist.Independent):
+    if isinstance(prior, torch.distributions.Independent):
         return dressed(site, prior.base_dist, q).to_event(prior.reinterpreted_batch_ndims)
     transform = bijection(site, prior)
     if isinstance(transform, ComposeTransform) and not transform.parts:
@@ -71,7 +71,7 @@ def generic_value(msg: Any) -> Tensor:
 
 def _some_tensor(fn: Any) -> Tensor:
     """A floating tensor of the distribution's dtype and device."""
-    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     for value in [*vars(fn).values(), *vars(getattr(fn, "base_dist", fn)).values()]:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -92,7 +92,7 @@ def init_to_center(site: Any) -> Tensor:
     One of the functions that ``init_loc_fn`` takes. It draws nothing, so wide priors start where narrow ones do.
     """
     fn = site["fn"]
-    while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     half = _some_tensor(fn).new_tensor(0.5)
     for guess in (lambda: fn.icdf(half), lambda: fn.mean):

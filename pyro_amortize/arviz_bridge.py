@@ -1,0 +1,79 @@
+"""R-hat, ESS and PSIS from ArviZ: the one file that knows both its generations, 0.x and 1.x."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():  # 0.2x announces 1.x at import
+        warnings.simplefilter("ignore")
+        import arviz
+    return arviz
+
+
+def r_hat(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the rank-normalized split R-hat of each element; draws have shape (chains, draws, *shape)."""
+    return _each(_arviz().rhat, samples)
+
+
+def ess(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the bulk effective sample size of each element; draws have shape (chains, draws, *shape)."""
+    return _each(_arviz().ess, samples)
+
+
+def _each(diagnostic: Any, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Sites are numbered, since a name such as "net.weight" or "chain" means something to xarray.
+    found = diagnostic({f"site_{i}": value.detach().cpu().numpy() for i, value in enumerate(samples.values())})
+    return {name: torch.as_tensor(np.asarray(found[f"site_{i}"])) for i, name in enumerate(samples)}
+
+
+def psis(log_weights: Tensor, flat: float = 1.05) -> tuple[Tensor, Tensor]:
+    """Smooths the tails of importance weights by a generalized Pareto distribution.
+
+    Args:
+        log_weights: Shape (draws, rows).
+        flat: Where the largest weight is below so many times the mean, there is no tail to fit: weights are left as
+            they are, and k-hat is 0. The default is met by a perfect guide.
+
+    Returns:
+        Smoothed log weights, on the scale of those given, shape (draws, rows); and k-hat, shape (rows,).
+
+    References:
+        A. Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 2024, https://arxiv.org/abs/1507.02646
+    """
+    raw = log_weights.detach().cpu().to(torch.float64)
+    smoothed, k_hat = raw.clone(), torch.zeros(raw.shape[1], dtype=torch.float64)
+    mean = raw.logsumexp(0) - math.log(len(raw))
+    uneven = (raw.max(0).values - mean > math.log(flat)).nonzero().flatten()
+    if len(uneven):
+        values = raw[:, uneven].T.contiguous().numpy()
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            normalized, k = _psislw(values.copy())
+        found = torch.as_tensor(np.asarray(normalized)).T
+        least = raw[:, uneven].argmin(0, keepdim=True)
+        smoothed[:, uneven] = found + (raw[:, uneven].gather(0, least) - found.gather(0, least))
+        k_hat[uneven] = torch.as_tensor(np.asarray(k), dtype=torch.float64).reshape(-1)
+    return smoothed, k_hat
+
+
+def _psislw(log_weights: np.ndarray) -> tuple[Any, Any]:
+    arviz = _arviz()
+    if hasattr(arviz, "psislw"):
+        return arviz.psislw(log_weights)
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(-log_weights, axis=-1)  # 1.x takes log likelihoods
+
+
+def good_k(num_draws: int) -> float:
+    """Returns the k-hat below which an importance sampling estimate from so many draws can be trusted."""
+    return min(1 - 1 / math.log10(num_draws), 0.7)

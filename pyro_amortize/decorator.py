@@ -1,0 +1,141 @@
+"""The front door: a model that carries its own amortized guide."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_amortize.calls import Model
+from pyro_amortize.compare import METHODS, Comparison, compare_inference
+from pyro_amortize.fit import SVIFit, fit_svi
+from pyro_amortize.gap import GapReport, amortization_gap
+from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.posterior import Posterior
+
+
+class AmortizedModel(PyroModule):
+    """A Pyro model with an amortized guide; made by :func:`amortize`.
+
+    It is the model still: it has the signature, the attributes, the parameters and the ``state_dict`` of what it wraps,
+    and it is called, traced and trained like that.
+    """
+
+    def __init__(self, model: Model, guide_options: dict[str, Any]) -> None:
+        super().__init__()
+        state = self.__dict__  # not by attributes, which would make submodules of model and guide
+        state["_model"], state["_guide_options"], state["_guide"] = (model,), guide_options, None
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            if hasattr(model, name):
+                state[name] = getattr(model, name)
+        state["__signature__"] = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        if isinstance(model, nn.Module):
+            for part in ("_parameters", "_buffers", "_modules"):
+                state[part] = model.__dict__[part]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model."""
+        return self._model[0](*args, **kwargs)
+
+    @property
+    def guide(self) -> AutoAmortized:
+        """The guide, made when first asked for; not a submodule."""
+        if self.__dict__["_guide"] is None:
+            self.__dict__["_guide"] = (self._new_guide(),)
+        return self.__dict__["_guide"][0]
+
+    def _new_guide(self) -> AutoAmortized:
+        return AutoAmortized(self, **self.__dict__["_guide_options"])
+
+    def fit(self, *args: Any, **options: Any) -> SVIFit:
+        """Trains guide and model: :func:`~pyro_amortize.fit.fit_svi`."""
+        return fit_svi(self, self.guide, *args, **options)
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
+        """Returns the guide's answer for these data: ``guide.posterior``."""
+        return self.guide.posterior(*args, **kwargs)
+
+    def predictive(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """Draws latents and replicated observations: ``guide.predictive``."""
+        return self.guide.predictive(*args, **options)
+
+    def gap(self, *args: Any, **options: Any) -> GapReport:
+        """Measures what amortizing cost on these data: :func:`~pyro_amortize.gap.amortization_gap`."""
+        return amortization_gap(self, self.guide, *args, **options)
+
+    def compare(self, *args: Any, **options: Any) -> Comparison:
+        """Compares methods of inference: :func:`~pyro_amortize.compare.compare_inference`.
+
+        The method "amortized" is a new guide with the options of this model's.
+        """
+        methods = options.pop("methods", METHODS)
+        asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+        fresh = {label: self._new_guide() if what == "amortized" else what for label, what in asked.items()}
+        return compare_inference(self, *args, methods=fresh, **options)
+
+    def train(self, mode: bool = True) -> AmortizedModel:
+        """Sets the mode of the model."""
+        super().train(mode)
+        if isinstance(self._model[0], nn.Module):
+            self._model[0].train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_model", (None,))[0]
+        if model is not None and name not in self.__dict__ and hasattr(model, name):
+            return getattr(model, name)
+        return super().__getattr__(name)
+
+    def __reduce__(self) -> Any:
+        if isinstance(self._model[0], nn.Module):
+            return _again, (self._model[0], self.__dict__["_guide_options"], self.__dict__["_guide"])
+        return self.__qualname__
+
+
+def _again(model: nn.Module, guide_options: dict[str, Any], guide: Any) -> AmortizedModel:
+    again = AmortizedModel(model, guide_options)
+    again.__dict__["_guide"] = guide
+    return again
+
+
+@overload
+def amortize(model: Model, **guide_options: Any) -> AmortizedModel: ...
+@overload
+def amortize(model: None = None, **guide_options: Any) -> Callable[[Model], AmortizedModel]: ...
+def amortize(model: Model | None = None, **guide_options: Any) -> Any:
+    """Gives a model its own amortized guide; a decorator, bare or with the options of ``AutoAmortized``.
+
+    Args:
+        model: A Pyro model: a function, or an instance of a module.
+        guide_options: Options of :class:`~pyro_amortize.guides.AutoAmortized`.
+
+    Returns:
+        The model still, with ``guide``, ``fit``, ``posterior``, ``predictive``, ``gap`` and ``compare``.
+
+    Raises:
+        TypeError: A class was decorated.
+
+    Example:
+        >>> @amortize(encoder=MLP((16,)))
+        ... def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> fit = model.fit(torch.randn(100), num_steps=200, seed=0, progress=False)
+        >>> model.posterior(torch.randn(5)).mean["z"].shape
+        torch.Size([5])
+    """
+    if model is None:
+        return functools.partial(amortize, **guide_options)
+    if inspect.isclass(model):
+        raise TypeError(
+            f"amortize: {model.__name__} is a class; a guide belongs to an instance. Write "
+            f"model = amortize({model.__name__}(...))."
+        )
+    if not callable(model):
+        raise TypeError(f"amortize: expected a Pyro model, got a {type(model).__name__}.")
+    return AmortizedModel(model, guide_options)

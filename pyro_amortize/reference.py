@@ -1,0 +1,329 @@
+"""What amortizing is judged against: mean-field fits, the optimum q* of each datum, and MCMC. All on copies."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+from pyro_amortize import arviz_bridge
+from pyro_amortize.calls import Model
+from pyro_amortize.densities import can_vectorize
+from pyro_amortize.encoders import Table
+from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
+from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.parameters import preserved
+from pyro_amortize.plan import AmortizationPlan, plan_amortization
+from pyro_amortize.posterior import normal_underneath
+
+
+@dataclass(frozen=True)
+class MCMCFit:
+    """Draws by MCMC, and whether to trust them.
+
+    Attributes:
+        samples: Site -> shape (chains, draws, *shape of the site), in constrained space.
+        r_hat: Site -> rank-normalized split R-hat of each element.
+        ess: Site -> bulk effective sample size of each element.
+        divergences: Divergent transitions after warm-up, all chains together.
+        seconds: Wall-clock time of everything.
+    """
+
+    samples: dict[str, Tensor]
+    r_hat: dict[str, Tensor]
+    ess: dict[str, Tensor]
+    divergences: int
+    seconds: float
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Reasons to doubt the draws."""
+        found = []
+        for name, values in self.r_hat.items():
+            worst = float(values.max()) if values.numel() else 1.0
+            if not worst <= 1.01:
+                found.append(f"R-hat of '{name}' reaches {worst:.3f}: chains disagree; draw more")
+        if self.divergences:
+            found.append(f"{self.divergences} divergent transitions: parts of the posterior were not reached")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        header = f"{'site':<16}{'elements':>9}{'max R-hat':>11}{'min ESS':>10}"
+        lines = [
+            f"{name:<16}{values.numel():>9}{float(values.max()):>11.3f}{float(self.ess[name].min()):>10.0f}"
+            for name, values in self.r_hat.items()
+        ]
+        chains, draws = next(iter(self.samples.values())).shape[:2]
+        first = f"MCMCFit: {chains} chains of {draws} draws, {self.divergences} divergences, {self.seconds:.1f} s"
+        return "\n".join([first, header, *lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def fit_mean_field(
+    model: Model,
+    *args: Any,
+    num_steps: int = 2000,
+    batch_size: int | None = None,
+    lr: float = 0.01,
+    optim: Optimizer | None = None,
+    loss: Any = None,
+    num_particles: int = 1,
+    seed: int | None = None,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> SVIFit:
+    """Fits mean-field variational inference (F-VI) to the whole model: the same guide, every encoder a table.
+
+    The model's own parameters are trained along, on a copy: they are put back in the end.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        num_steps: As of :func:`~pyro_amortize.fit.fit_svi`, and so are all other options.
+        batch_size: Rows a step.
+        lr: Learning rate at the start.
+        optim: Makes a torch optimizer from a list of parameters.
+        loss: A Pyro ELBO.
+        num_particles: Draws a step.
+        seed: Of this fit.
+        progress: Whether to show a progress bar.
+        model_kwargs: The model's keyword arguments.
+
+    Returns:
+        The record of the fit, with the guide of tables.
+    """
+    options = Options(num_steps, batch_size, lr, optim, loss, num_particles, seed, progress)
+    kwargs = model_kwargs or {}
+    state = pyro.util.get_rng_state()
+    with preserved(model) as held:
+        pyro.util.set_rng_state(state)
+        guide = AutoAmortized(model, encoder=Table())
+        fit = train(model, guide, args, kwargs, options, "fit_mean_field", held=held)
+        state = pyro.util.get_rng_state()
+    pyro.util.set_rng_state(state)
+    return fit
+
+
+def fit_optimum(
+    model: Model,
+    guide: Model,
+    *args: Any,
+    given: Mapping[str, Tensor] | None = None,
+    num_steps: int = 1000,
+    lr: float = 0.02,
+    num_particles: int = 8,
+    seed: int | None = 0,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> SVIFit:
+    """Finds q*: for each datum the best member of the guide's family, with the global latents held.
+
+    A table takes the encoder's place, started from the encoder's answer. The model's parameters are held.
+
+    Args:
+        model: A Pyro model.
+        guide: Its guide; if written by hand, its local sites must be normal or log-normal.
+        args: The model's positional arguments.
+        given: Values of the global latents; by default their medians under the guide.
+        num_steps: Number of steps.
+        lr: Learning rate at the start, decayed to zero.
+        num_particles: Draws a step.
+        seed: Of this fit.
+        progress: Whether to show a progress bar.
+        model_kwargs: The model's keyword arguments.
+
+    Returns:
+        The record of the fit. Its guide is for the model with globals held.
+
+    Raises:
+        ValueError: No latent of the model is local.
+        NotImplementedError: A local site of the guide is neither normal nor log-normal.
+    """
+    kwargs = model_kwargs or {}
+    plan = plan_amortization(model, *args, **kwargs)
+    locals_ = local_sites(plan)
+    given = held_globals(model, guide, args, kwargs, plan, given)
+    with preserved(model, guide) as held:
+        conditioned = poutine.condition(model, data=dict(given))
+        answer = _answer(poutine.condition(guide, data=dict(given)), args, kwargs)
+        optimum = AutoAmortized(conditioned, encoder=Table())
+        with seeded(seed):
+            optimum.initialize(*args, **kwargs)
+        start = _answer(optimum, args, kwargs)
+        for name in locals_:
+            _start_from(optimum, name, answer[name], start[name])
+        options = Options(
+            num_steps=num_steps,
+            lr=lr,
+            num_particles=num_particles,
+            seed=seed,
+            progress=progress,
+            vectorize_particles=can_vectorize(conditioned, optimum, args, kwargs),
+        )
+        return train(conditioned, optimum, args, kwargs, options, "fit_optimum", held=held, train_model=False)
+
+
+def run_mcmc(
+    model: Model,
+    *args: Any,
+    given: Mapping[str, Tensor] | None = None,
+    num_samples: int = 1000,
+    warmup_steps: int = 1000,
+    num_chains: int = 4,
+    engine: str = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> MCMCFit:
+    """Draws from the posterior by NUTS, chain after chain. The model's own parameters are held.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        given: Values at which latents are held.
+        num_samples: Draws of each chain.
+        warmup_steps: Steps of each chain that adapt the sampler, and are thrown away.
+        num_chains: Number of chains.
+        engine: "pyro", Pyro's NUTS; "auto" takes the best at hand.
+        seed: Of the first chain; the others follow.
+        progress: Whether to show a progress bar.
+        model_kwargs: The model's keyword arguments.
+
+    Returns:
+        Draws with their diagnostics.
+
+    Raises:
+        ValueError: A plate of the model subsamples, or an option is out of range.
+    """
+    if engine not in ("auto", "pyro"):
+        raise ValueError(f"run_mcmc: engine={engine!r} is not known. Known: 'auto', 'pyro'.")
+    for option, value in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
+        if value < 1:
+            raise ValueError(f"run_mcmc: {option}={value}. Expected a positive whole number.")
+    start = time.perf_counter()
+    kwargs = model_kwargs or {}
+    state = pyro.util.get_rng_state()
+    chains, divergences = [], 0
+    with preserved(model, evaluating=True):
+        pyro.util.set_rng_state(state)
+        conditioned = poutine.condition(model, data=dict(given or {}))
+        _refuse_subsampling(conditioned, args, kwargs)
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        for chain in range(num_chains):
+            pyro.set_rng_seed(seed + chain)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
+                mcmc = MCMC(
+                    NUTS(conditioned), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=not progress
+                )
+                mcmc.run(*args, **kwargs)
+            chains.append({name: value.detach() for name, value in mcmc.get_samples().items()})
+            divergences += sum(len(found) for found in mcmc.diagnostics()["divergences"].values())
+    samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    return MCMCFit(
+        samples=samples,
+        r_hat=arviz_bridge.r_hat(samples),
+        ess=arviz_bridge.ess(samples),
+        divergences=divergences,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def local_sites(plan: AmortizationPlan) -> tuple[str, ...]:
+    """Returns the local latents of a plan.
+
+    Raises:
+        ValueError: There are none.
+    """
+    names = tuple(site for block in plan.blocks if block.amortized for site in block.sites)
+    if not names:
+        raise ValueError(
+            "amortization_gap: no latent of the model is local to data, so there is nothing to amortize. Compare "
+            "whole fits: compare_inference(model, ...)."
+        )
+    return names
+
+
+def held_globals(
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plan: AmortizationPlan,
+    given: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """Returns values for all global latents: those given, else medians under the guide.
+
+    Raises:
+        ValueError: A name in ``given`` is no global latent.
+    """
+    names = {site for block in plan.blocks if not block.amortized for site in block.sites}
+    unknown = sorted(set(given or {}) - names)
+    if unknown:
+        raise ValueError(f"given: '{unknown[0]}' is no global latent of the model. Known: {sorted(names)}.")
+    values = dict(given or {})
+    missing = names - set(values)
+    if missing:
+        medians = _medians(guide, args, kwargs)
+        values.update({name: medians[name] for name in sorted(missing) if name in medians})
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int = 501) -> dict[str, Tensor]:
+    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
+        if hasattr(guide, "median"):
+            return dict(guide.median(*args, **kwargs))
+        pyro.set_rng_seed(0)
+        draws = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
+    names = [name for name, _ in draws[0].iter_stochastic_nodes()]
+    stacked = {name: torch.stack([draw.nodes[name]["value"] for draw in draws]) for name in names}
+    return {name: value.median(0).values for name, value in stacked.items() if value.is_floating_point()}
+
+
+def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the guide's distribution of every latent for these data."""
+    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _start_from(optimum: AutoAmortized, name: str, site: Any, own: Any) -> None:
+    """Copies a guide's answer for a site into the table of the optimum, whose own answer shows its support."""
+    found = normal_underneath(site["fn"])
+    if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
+        raise NotImplementedError(
+            f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be searched "
+            f"among normals on the site's own support only: Normal on the reals, LogNormal on the positives. ELBO, "
+            f"evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
+        )
+    base, _ = found
+    assert optimum.plan is not None
+    block = optimum.plan.block_of(name)
+    assert block is not None
+    event_dim = base.loc.dim() - len(site["fn"].batch_shape)
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    axes = [frames[plate].dim - event_dim for plate in block.plates]
+    rows = [value.movedim(axes, list(range(len(axes)))).reshape(block.rows, -1) for value in (base.loc, base.scale)]
+    values = optimum.coder_of(block).values[block.sites.index(name)]
+    values.data.copy_(optimum.family.parameters(*(row.to(values.dtype) for row in rows)))
+
+
+def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    for name, site in trace.nodes.items():
+        for frame in site["cond_indep_stack"] if site["type"] == "sample" else ():
+            if frame.full_size is not None and int(frame.size) < int(frame.full_size):
+                raise ValueError(
+                    f"run_mcmc: site '{name}' stands in plate '{frame.name}', which shows {int(frame.size)} of its "
+                    f"{int(frame.full_size)} elements; NUTS needs all. Call the model so that the plate does not "
+                    f"subsample: pyro.plate({frame.name!r}, {int(frame.full_size)})."
+                )
