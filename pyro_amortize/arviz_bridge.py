@@ -31,7 +31,10 @@ def ess(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _each(diagnostic: Any, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Sites are numbered, since a name such as "net.weight" or "chain" means something to xarray.
-    found = diagnostic({f"site_{i}": value.detach().cpu().numpy() for i, value in enumerate(samples.values())})
+    arrays = {f"site_{i}": value.detach().cpu().numpy() for i, value in enumerate(samples.values())}
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # chains that do not move have no R-hat
+        warnings.simplefilter("ignore")
+        found = diagnostic(arrays)
     return {name: torch.as_tensor(np.asarray(found[f"site_{i}"])) for i, name in enumerate(samples)}
 
 

@@ -19,8 +19,10 @@ class Call:
     under key "y" of the argument ``batch`` is called ``batch['y']``.
     """
 
-    def __init__(self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._bound = _signature(model).bind(*args, **kwargs)
+    def __init__(
+        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], signature: inspect.Signature | None = None
+    ) -> None:
+        self._bound = (signature or signature_of(model)).bind(*args, **kwargs)
         self._bound.apply_defaults()
         self.leaves: dict[str, Any] = {}
         for name, value in self._bound.arguments.items():
@@ -45,13 +47,8 @@ class Call:
         return {name: value for name, value in self.leaves.items() if isinstance(value, Tensor)}
 
 
-def accepts(model: Model, name: str) -> bool:
-    """Tells whether the model has a parameter of this name."""
-    parameters = _signature(model).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _signature(model: Model) -> inspect.Signature:
+def signature_of(model: Model) -> inspect.Signature:
+    """Returns the signature of a model under its handlers; of a module, that of ``forward``."""
     fn: Any = model
     while True:
         inner = poutine.unwrap(fn)

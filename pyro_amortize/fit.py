@@ -36,8 +36,8 @@ class SVIFit:
         losses: Loss at each step, shape (num_steps,): minus the ELBO in nats, if the loss is one.
         elbo: ELBO in nats on all data after training, from many draws.
         elbo_se: Its standard error.
-        converged: Whether the loss had stopped falling: its fall from the third quarter of the steps to the last is
-            within three standard errors of zero, or below a thousandth of its whole fall.
+        converged: Whether the loss had stopped falling: its slope over the second half of the steps, against the sum
+            of learning rates, promises no fall by another such fit that is beyond three standard errors.
         num_steps: Number of steps.
         seconds: Wall-clock time of everything.
         num_parameters: Size of the guide; the model's own parameters do not count.
@@ -177,16 +177,17 @@ def train(
             if step % max(1, options.num_steps // 100) == 0:
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
         ratio = log_densities(model, guide, args, kwargs, num_draws=NUM_DRAWS, seed=options.seed or 0).log_ratio
+        num_parameters = sum(p.numel() for p in guide_parameters(guide, args, kwargs).values())
     trace = torch.tensor(losses)
     return SVIFit(
         guide=guide,
         losses=trace,
         elbo=float(ratio.mean()),
         elbo_se=float(ratio.std() / math.sqrt(len(ratio))),
-        converged=_has_converged(trace),
+        converged=_has_converged(trace.double()),
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
-        num_parameters=sum(p.numel() for p in guide_parameters(guide, args, kwargs).values()),
+        num_parameters=num_parameters,
     )
 
 
@@ -232,8 +233,8 @@ class _Steps:
         try:
             with handler, poutine.trace(param_only=True) as capture:
                 value = self._loss_and_grads(args, kwargs)
-        except ValueError as error:
-            if all(bool(p.isfinite().all()) for p in self.parameters.values()):
+        except ValueError as error:  # how validation reports that parameters left their range
+            if step == 0:
                 raise
             self._fail(step, args, kwargs, error)
         announced = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
@@ -245,7 +246,7 @@ class _Steps:
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 self.last_good[key].copy_(parameter)
-        factor = 0.5 * (1 + math.cos(math.pi * step / self.options.num_steps))
+        factor = _decay(step, self.options.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.optimizer.step()
@@ -359,11 +360,19 @@ def _minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], op
     return batches if options.batch_size < batches.plate.size else None
 
 
+def _decay(step: int, num_steps: int) -> float:
+    """The learning rate of a step, as a part of that at the start."""
+    return 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
 def _has_converged(losses: Tensor) -> bool:
-    quarter = len(losses) // 4
-    if quarter < 2:
+    num_steps = len(losses)
+    if num_steps < 8:
         return False
-    third, last = losses[-2 * quarter : -quarter].double(), losses[-quarter:].double()
-    fall = float(third.mean() - last.mean())
-    se = math.sqrt(float(third.var() + last.var()) / quarter)
-    return fall <= max(3 * se, 1e-3 * abs(float(losses[: max(1, quarter // 10)].mean() - last.mean())))
+    travelled = torch.tensor([_decay(step, num_steps) for step in range(num_steps)], dtype=losses.dtype).cumsum(0)
+    half = slice(num_steps // 2, None)
+    x, y = travelled[half] - travelled[half].mean(), losses[half] - losses[half].mean()
+    slope = (x * y).sum() / x.square().sum()
+    se = ((y - slope * x).square().mean() / x.square().sum()).sqrt()
+    promised, error = -float(slope * travelled[-1]), float(se * travelled[-1])
+    return promised <= max(3 * error, 1e-5 * abs(float(losses[-1])))

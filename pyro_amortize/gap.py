@@ -92,7 +92,7 @@ def amortization_gap(
     num_draws: int = 2000,
     num_steps: int = 1000,
     lr: float = 0.02,
-    num_particles: int = 8,
+    num_particles: int = 16,
     seed: int = 0,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,

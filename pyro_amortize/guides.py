@@ -6,6 +6,7 @@ model's own plates, masks and scales have acted on the site. It leaves the model
 
 from __future__ import annotations
 
+import inspect
 import os
 import uuid
 import weakref
@@ -26,7 +27,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_amortize.calls import Call, Model, accepts
+from pyro_amortize.calls import Call, Model, signature_of
 from pyro_amortize.encoders import (
     MLP,
     Constant,
@@ -131,6 +132,7 @@ class AutoAmortized(AutoGuide):
         self.preparations = nn.ModuleDict()
         self.dtype = torch.get_default_dtype()
         self.row_ids: dict[str, Tensor] = {}
+        self.signature: inspect.Signature | None = None
         self._versions: list[int] = []
         self._exits: dict[Any, frozenset[str]] = {}
 
@@ -143,7 +145,9 @@ class AutoAmortized(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples all latents given the model's arguments; returns a dict from site to value."""
-        observations = {} if accepts(self.model, "observations") else kwargs.pop("observations", {})
+        if self.signature is None:
+            self.signature = signature_of(self.model)
+        observations = {} if "observations" in self.signature.parameters else kwargs.pop("observations", {})
         if self.plan is None:
             self.initialize(*args, **kwargs)
         self._announce()
@@ -171,10 +175,10 @@ class AutoAmortized(AutoGuide):
         run = GuidedRun(self, args, kwargs, {}, plan=plan)
         examples = run.examples()
         blocks, preparations = [], nn.ModuleDict()
-        floating = [v for v in Call(self.model, args, kwargs).tensors.values() if v.is_floating_point()]
-        floating += [value for values in examples.values() for value in values if value.is_floating_point()]
-        self.dtype = floating[0].dtype if floating else torch.get_default_dtype()
-        device = (floating or [torch.empty(())])[0].device
+        data = [*Call(self.model, args, kwargs).tensors.values(), *(v for rows in examples.values() for v in rows)]
+        floating = [value.dtype for value in data if value.is_floating_point()]
+        self.dtype = floating[0] if floating else torch.get_default_dtype()
+        device = data[0].device if data else torch.empty(()).device
         widths = {}
         for block in plan.blocks:
             if block.name in examples:
@@ -519,7 +523,11 @@ def _made(encoder: Any, block: Block) -> nn.Module:
 
 def _check_encoder(guide: str, encoder: Any) -> None:
     for value in encoder.values() if isinstance(encoder, dict) else [encoder]:
-        if not (value is None or isinstance(value, (Table, Constant)) or callable(value)) or value in (Table, Constant):
+        if not (value is None or isinstance(value, (Table, Constant)) or callable(value)) or value in (
+            MLP,
+            Table,
+            Constant,
+        ):
             raise ValueError(
                 f"{guide}: encoder={value!r}. Expected None, an nn.Module, a callable from the number of features to "
                 f"an nn.Module such as MLP((64, 64)), Table(), Constant(), or a dict from site or plate name to these."

@@ -48,7 +48,7 @@ class GuidedRun(Messenger):
         super().__init__()
         self.guide = guide
         self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
-        self.call = Call(guide.model, args, kwargs)
+        self.call = Call(guide.model, args, kwargs, guide.signature)
         self.args, self.kwargs = args, kwargs
         self.observations = observations
         self.answering = answering
@@ -62,6 +62,11 @@ class GuidedRun(Messenger):
 
     def sample(self) -> dict[str, Tensor]:
         """Runs the model up to its last latent; returns the values of all latents."""
+        for block in self.plan.blocks:
+            if any(
+                source.name in self.call.leaves and self.call.leaves[source.name] is None for source in block.sources
+            ):
+                self._refuse_missing(block)
         if any(source.axis is None and source.feeds not in self.observations for source in self._sources()):
             self._look_up()
         key = self._kind_of_call()
@@ -184,11 +189,7 @@ class GuidedRun(Messenger):
             frame = frames[block.plates[0]]
             rows = self._rows(block, frame)
             if rows is None:
-                if self.answering:
-                    raise ValueError(
-                        f"{type(self.guide).__name__}: the data of '{block.sites[0]}' are missing in this call: it is "
-                        f"informed by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
-                    )
+                self._refuse_missing(block)
                 parameters = None
             elif isinstance(coder, Rows):
                 parameters = coder(torch.arange(int(frame.size)))
@@ -199,6 +200,13 @@ class GuidedRun(Messenger):
             parameters = [values.detach() for values in parameters]
         self._parameters[block.name] = parameters
         return parameters
+
+    def _refuse_missing(self, block: Block) -> None:
+        if self.answering:
+            raise ValueError(
+                f"{type(self.guide).__name__}: the data of '{block.sites[0]}' are missing in this call: it is informed "
+                f"by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
+            )
 
     def _index(self, block: Block, frames: dict[str, Any]) -> Tensor:
         """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""

@@ -92,6 +92,7 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"site '{outside[0]}' is observed outside plate '{plate.name}'"
     call = Call(model, args, kwargs)
     slices = tuple(source for source in facts.sources[plate.name] if source.axis is not None)
+    tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]
     ways = [Minibatches(call, plate, True, ())]
     ways += [Minibatches(call, plate, True, slices), Minibatches(call, plate, False, slices)] if slices else []
     reasons = []
@@ -103,6 +104,8 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
             if reason is None:
                 return way
             reasons.append(reason)
+    if tensors and not slices:
+        return f"rows of '{tensors[0]}' do not enter the densities of plate '{plate.name}' one by one"
     return reasons[-1]
 
 

@@ -166,7 +166,7 @@ class _Examination:
     # What one change moved.
 
     def _changed(self, **changes: Any) -> dict[str, Tensor] | None:
-        """Runs the model with changes; returns a site each which entries of its log-factor moved, None if it fails."""
+        """Runs the model with changes; returns how far each site's log-factor moved, entry by entry; None if it fails."""
         try:
             with pyro.validation_enabled(False):
                 trace = self.held.run(**changes)
@@ -176,18 +176,19 @@ class _Examination:
         for name, site in self.factors.items():
             before, after = site["log_prob"], trace.nodes.get(name, {}).get("log_prob")
             if after is None or after.shape != before.shape:
-                moved[name] = torch.ones(before.shape, dtype=torch.bool)
+                moved[name] = torch.full(before.shape, torch.inf)
             else:
-                same = (before == after) | (before.isnan() & after.isnan()) | ((before - after).abs() <= self.noise)
-                moved[name] = ~same
+                distance = torch.where(before == after, 0.0, (before - after).abs())
+                distance = torch.where(before.isnan() & after.isnan(), 0.0, distance.nan_to_num(torch.inf))
+                moved[name] = torch.where(distance <= self.noise, 0.0, distance)
         self.last = trace
         return moved
 
     def _rows(self, moved: Tensor, plate: Plate) -> Tensor:
-        """Which rows of a plate moved, from the entries of a log-factor that did; shape (size,)."""
+        """How far each row of a plate moved, from the entries of a log-factor; shape (size,)."""
         if moved.dim() < -plate.dim:
-            return moved.any().expand(plate.size)
-        return moved.movedim(plate.dim, 0).reshape(moved.shape[plate.dim], -1).any(-1).expand(plate.size)
+            return moved.sum().expand(plate.size)
+        return moved.movedim(plate.dim, 0).reshape(moved.shape[plate.dim], -1).sum(-1).expand(plate.size)
 
     def _site(self, name: str) -> Site:
         site = self.factors[name]
@@ -252,7 +253,7 @@ class _Examination:
             for plate in plates:
                 if plate.name in theirs and plate.size > 1:
                     inside = half.expand(half.shape).movedim(plate.dim, 0).reshape(plate.size, -1).any(-1)
-                    couples = couples or bool((self._rows(moved[child].cpu(), plate) & ~inside).any())
+                    couples = couples or bool(self._rows(moved[child].cpu(), plate)[~inside].any())
         return children, couples, frozenset(points)
 
     # Where data enter.
@@ -320,7 +321,7 @@ class _Examination:
         positions = {int(j): p for p, j in enumerate(picked)} if full else {}
         reaches: set[str] = set()
         touched: set[str] = set()
-        everywhere = True
+        everywhere = leads = True
         couples = False
         indexed = full and subsampled
         differs = False
@@ -335,7 +336,8 @@ class _Examination:
                 continue
             touched |= self._values_moved(members)
             for site in members:
-                where = self._rows(moved[site].cpu(), plate)
+                distance = self._rows(moved[site].cpu(), plate)
+                where = distance > 0
                 if not bool(where.any()):
                     continue
                 reaches.add(site)
@@ -344,9 +346,11 @@ class _Examination:
                 if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
                     indexed, place = True, positions[target]
                 couples = couples or int(where.sum()) > int(bool(where[place]))
+                leads = leads and bool(distance[place] > 3 * distance.median())
             if any(bool(m.any()) for n, m in moved.items() if n not in members):
                 couples = couples or bool(reaches)
-        if not reaches or (everywhere and plate.size > 2):
+        # All rows move by a shared argument, or along a wrong axis; but one that is standardized moves its own row most.
+        if not reaches or (everywhere and not leads and plate.size > 2):
             return None, differs, touched
         kept = rows if not indexed else rows[picked.to(rows.device)]
         feeds = next((s for s in members if self._is_value(kept, s, plate)), None)

@@ -118,7 +118,7 @@ def fit_optimum(
     given: Mapping[str, Tensor] | None = None,
     num_steps: int = 1000,
     lr: float = 0.02,
-    num_particles: int = 8,
+    num_particles: int = 16,
     seed: int | None = 0,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,

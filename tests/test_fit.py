@@ -1,0 +1,233 @@
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_amortize import AutoAmortizedNormal, Table, fit_svi
+from pyro_amortize.minibatch import exact_minibatches
+
+
+def sliced(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def indexed(x):
+    with pyro.plate("data", len(x)) as i:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+
+def constant_size(x):
+    with pyro.plate("data", 60):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def size_in_the_prior(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 10.0 / len(x)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def standardizes_inside(x):
+    x = (x - x.mean()) / x.std()
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def coupled_rows(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.cumsum(-1), 1.0), obs=x)
+
+
+DATA = torch.randn(60, generator=torch.Generator().manual_seed(0))
+
+
+def closure():
+    with pyro.plate("data", 60) as i:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[i])
+
+
+class TestMinibatches:
+    @pytest.mark.parametrize(
+        ("model", "args", "inject", "slices"),
+        [
+            (sliced, (DATA,), False, ["x"]),
+            (indexed, (DATA,), True, []),
+            (constant_size, (DATA,), True, ["x"]),
+            (closure, (), True, []),
+        ],
+        ids=["slice", "inject", "both", "closure"],
+    )
+    def test_the_exact_way_is_found(self, model, args, inject, slices):
+        way = exact_minibatches(model, args, {})
+        assert (way.inject, [source.name for source in way.slices]) == (inject, slices)
+
+    @pytest.mark.parametrize(
+        ("model", "why"),
+        [(size_in_the_prior, "at site 'theta'"), (standardizes_inside, "at site 'x'"), (coupled_rows, "at site 'x'")],
+        ids=lambda value: getattr(value, "__name__", value),
+    )
+    def test_a_biased_way_is_refused_with_the_reason(self, model, why):
+        assert why in exact_minibatches(model, (DATA,), {})
+        guide = AutoAmortizedNormal(model)
+        with pytest.warns(UserWarning, match=f"batch_size=20 is not used.*{why}"):
+            fit_svi(model, guide, DATA, batch_size=20, num_steps=2, progress=False)
+
+    def test_a_model_that_subsamples_is_left_alone(self):
+        def model(x):
+            with pyro.plate("data", len(x), subsample_size=7) as i:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+        fit_svi(model, AutoAmortizedNormal(model), DATA, batch_size=20, num_steps=2, progress=False)
+
+    @pytest.mark.parametrize("model", [sliced, indexed, constant_size], ids=lambda model: model.__name__)
+    @pytest.mark.parametrize("encoder", [None, Table()], ids=["mlp", "table"])
+    def test_losses_of_batches_average_to_the_full_loss(self, model, encoder):
+        guide = AutoAmortizedNormal(model, encoder=encoder, init_scale=1e-4)
+        guide.initialize(DATA)
+        way = exact_minibatches(model, (DATA,), {})
+        elbo = TraceMeanField_ELBO()
+        full = elbo.loss(model, guide, DATA)
+        parts = []
+        for rows in torch.randperm(60).split(15):
+            args, kwargs, handler = way.rows(rows)
+            guide.row_ids = {} if way.inject else {"data": rows}
+            with handler:
+                parts.append(elbo.loss(model, guide, *args, **kwargs))
+        assert sum(parts) / 4 == pytest.approx(full, rel=1e-3)
+
+    @pytest.mark.parametrize("model", [sliced, indexed, constant_size], ids=lambda model: model.__name__)
+    def test_table_learns_every_row_from_batches(self, model):
+        guide = AutoAmortizedNormal(model, encoder=Table())
+        fit = fit_svi(model, guide, DATA, batch_size=20, num_steps=3000, lr=0.03, seed=0, progress=False)
+        posterior = fit.guide.posterior(DATA)
+        prior = posterior.mean.get("theta", torch.zeros(()))
+        torch.testing.assert_close(posterior.mean["z"], (DATA + prior) / 2, atol=0.1, rtol=0)
+
+
+class TestRecord:
+    def test_fields(self):
+        guide = AutoAmortizedNormal(sliced)
+        fit = fit_svi(sliced, guide, DATA, num_steps=50, seed=0, progress=False)
+        assert fit.guide is guide
+        assert fit.losses.shape == (50,)
+        assert fit.num_parameters == sum(p.numel() for p in guide.parameters())
+        assert fit.elbo_se > 0
+        assert fit.seconds > 0
+        assert "50 steps" in str(fit)
+
+    def test_elbo_is_that_of_many_draws(self):
+        guide = AutoAmortizedNormal(indexed)
+        fit = fit_svi(indexed, guide, DATA, num_steps=300, seed=0, progress=False)
+        losses = torch.tensor([Trace_ELBO().loss(indexed, guide, DATA) for _ in range(200)])
+        se = math.hypot(fit.elbo_se, float(losses.std()) / math.sqrt(200))
+        assert fit.elbo == pytest.approx(-float(losses.mean()), abs=4 * se)
+
+    def test_a_seed_repeats_the_fit_and_leaves_the_random_state(self):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        fits = [fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, num_steps=20, seed=1, progress=False) for _ in "ab"]
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(fits[0].losses, fits[1].losses)
+        assert fits[0].elbo == fits[1].elbo
+
+    def test_a_short_fit_says_that_it_has_not_converged(self):
+        far = DATA + 30
+        fit = fit_svi(sliced, AutoAmortizedNormal(sliced), far, num_steps=200, seed=0, progress=False)
+        assert not fit.converged
+        assert "NOT converged" in str(fit)
+
+
+class TestOptions:
+    def test_optimizer_and_loss_of_the_user(self):
+        def sgd(params):
+            return torch.optim.SGD(params, lr=1e-4, momentum=0.5)
+
+        loss = RenyiELBO(num_particles=2)
+        fit = fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, num_steps=5, optim=sgd, loss=loss, progress=False)
+        assert fit.losses.isfinite().all()
+
+    def test_progress_shows_the_loss(self, capsys):
+        fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, num_steps=3)
+        assert "loss" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("option", [{"num_steps": 0}, {"num_particles": 0}, {"lr": -1.0}, {"batch_size": 0}])
+    def test_out_of_range(self, option):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, **option, progress=False)
+
+    def test_keyword_arguments_of_the_model(self):
+        def model(x, *, scale):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, scale))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        kwargs = {"scale": torch.tensor(2.0)}
+        fit = fit_svi(model, AutoAmortizedNormal(model), DATA, num_steps=5, progress=False, model_kwargs=kwargs)
+        assert fit.losses.isfinite().all()
+
+    def test_guide_written_by_hand(self):
+        def guide(x):
+            loc = pyro.param("slope", torch.tensor(0.0)) * x
+            scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, scale))
+
+        fit = fit_svi(indexed, guide, DATA, num_steps=1500, lr=0.05, seed=0, progress=False)
+        assert pyro.param("slope").item() == pytest.approx(0.5, abs=0.05)
+        assert pyro.param("scale").item() == pytest.approx(math.sqrt(0.5), abs=0.05)
+        assert fit.num_parameters == 2
+
+
+class TestModelParameters:
+    def test_are_trained_and_left_trained(self):
+        class Model(PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.decoder = nn.Linear(1, 2)
+
+            def forward(self, x):
+                with pyro.plate("data", len(x)):
+                    z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                    pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+        model = Model()
+        before = model.decoder.weight.clone()
+        fit_svi(model, AutoAmortizedNormal(model), torch.randn(30, 2), num_steps=5, progress=False)
+        assert not torch.equal(before, model.decoder.weight)
+
+
+class TestNaN:
+    @staticmethod
+    def model(x):
+        width = pyro.param("width", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, (width - 0.45).sqrt()), obs=x)
+
+    @pytest.mark.parametrize("validate", [True, False], ids=["validating", "not"])
+    def test_stops_at_the_last_good_parameters(self, validate):
+        guide = AutoAmortizedNormal(self.model)
+        x = 0.01 * DATA
+        with pyro.validation_enabled(validate), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(RuntimeError, match=r"not finite at step \d+(.*site 'x'|.*).*lr=0.02"):
+                fit_svi(self.model, guide, x, lr=0.2, num_steps=200, seed=0, progress=False)
+            assert all(parameter.isfinite().all() for parameter in guide.parameters())
+            assert pyro.param("width").item() > 0.45
+            assert guide.posterior(x).mean["z"].isfinite().all()
