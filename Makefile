@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2
 	PYRO_AMORTIZE_SMOKE=1 $(VENV)/bin/python -m pytest --nbmake tutorials
 
 test-slow: $(STAMP)
@@ -24,9 +24,12 @@ test-slow: $(STAMP)
 
 # The newest Python at hand with the newest torch and ArviZ; several gigabytes.
 test-newest:
-	$(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null \
-	  PYTHON=$$(command -v python3.13 || command -v python3.12 || echo python3) .venv-newest/.installed
-	.venv-newest/bin/python -m pytest -m "not slow" -n 2
+	@for python in $(PYTHON) python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python3); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    $(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null PYTHON=$$python .venv-newest/.installed && \
+	    OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n 2; exit $$?; \
+	  fi; \
+	done; echo "This needs python3 >= 3.12; say which: make test-newest PYTHON=/path/to/python3"; exit 1
 
 tutorials: $(STAMP)
 	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout=600 tutorials

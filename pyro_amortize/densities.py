@@ -52,6 +52,14 @@ class Subsample(Messenger):
             msg["value"] = self.indices
 
 
+def covering(frame: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields subsamples of a plate's own size that cover it, each with the mask of elements not seen before."""
+    size, full_size = int(frame.size), int(frame.full_size or frame.size)
+    for start in range(0, full_size, size):
+        indices = torch.arange(full_size)[min(start, full_size - size) :][:size]
+        yield indices, indices >= start
+
+
 def log_densities(
     model: Model,
     guide: Model,
@@ -83,7 +91,9 @@ def log_densities(
         if plate is None:
             return evaluation.draws(None, num_draws, seed)
         parts, order = [], []
-        for indices, new in evaluation.parts(plate):
+        if plate not in evaluation.frames:
+            raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(evaluation.frames)}.")
+        for indices, new in covering(evaluation.frames[plate]):
             with Subsample(plate, indices):
                 part = evaluation.draws(plate, num_draws, seed)
             parts.append((part.log_p[:, new], part.log_q[:, new]))
@@ -146,16 +156,6 @@ class _Evaluation:
         self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
         self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
         self.vectorized: bool | None = None
-
-    def parts(self, plate: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields subsamples that cover a plate, each with the mask of elements that are new."""
-        if plate not in self.frames:
-            raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(self.frames)}.")
-        frame = self.frames[plate]
-        size, full_size = int(frame.size), int(frame.full_size or frame.size)
-        for start in range(0, full_size, size):
-            indices = torch.arange(full_size)[min(start, full_size - size) :][:size]
-            yield indices, indices >= start
 
     def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
         if self.vectorized is None:

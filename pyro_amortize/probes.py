@@ -166,7 +166,7 @@ class _Examination:
     # What one change moved.
 
     def _changed(self, **changes: Any) -> dict[str, Tensor] | None:
-        """Runs the model with changes; returns how far each site's log-factor moved, entry by entry; None if it fails."""
+        """Runs the model with changes; returns how far each entry of each site's log-factor moved, None if it fails."""
         try:
             with pyro.validation_enabled(False):
                 trace = self.held.run(**changes)
@@ -349,7 +349,7 @@ class _Examination:
                 leads = leads and bool(distance[place] > 3 * distance.median())
             if any(bool(m.any()) for n, m in moved.items() if n not in members):
                 couples = couples or bool(reaches)
-        # All rows move by a shared argument, or along a wrong axis; but one that is standardized moves its own row most.
+        # A shared argument, or a wrong axis, moves all rows alike; one that is standardized moves its own row most.
         if not reaches or (everywhere and not leads and plate.size > 2):
             return None, differs, touched
         kept = rows if not indexed else rows[picked.to(rows.device)]

@@ -12,11 +12,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import can_vectorize
+from pyro_amortize.densities import Subsample, can_vectorize, covering
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
@@ -152,13 +153,10 @@ def fit_optimum(
     given = held_globals(model, guide, args, kwargs, plan, given)
     with preserved(model, guide) as held:
         conditioned = poutine.condition(model, data=dict(given))
-        answer = _answer(poutine.condition(guide, data=dict(given)), args, kwargs)
         optimum = AutoAmortized(conditioned, encoder=Table())
         with seeded(seed):
             optimum.initialize(*args, **kwargs)
-        start = _answer(optimum, args, kwargs)
-        for name in locals_:
-            _start_from(optimum, name, answer[name], start[name])
+        _start(optimum, poutine.condition(guide, data=dict(given)), locals_, args, kwargs)
         options = Options(
             num_steps=num_steps,
             lr=lr,
@@ -288,32 +286,38 @@ def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_dr
     return {name: value.median(0).values for name, value in stacked.items() if value.is_floating_point()}
 
 
+def _start(
+    optimum: AutoAmortized, guide: Model, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Copies a guide's answer into the tables of the optimum, subsample by subsample if the plate subsamples itself."""
+    own = _answer(optimum, args, kwargs)
+    for name in names:
+        block = optimum.plan.block_of(name)  # type: ignore[union-attr]
+        (plate,) = block.plates  # type: ignore[union-attr]
+        values = optimum.coder_of(block).values[block.sites.index(name)]  # type: ignore[arg-type, union-attr]
+        frame = next(f for f in own[name]["cond_indep_stack"] if f.name == plate)
+        for indices, _ in covering(frame):
+            with Subsample(plate, indices):
+                site = _answer(guide, args, kwargs)[name]
+            found = normal_underneath(site["fn"])
+            if found is None or found[1] != normal_underneath(own[name]["fn"])[1]:  # type: ignore[index]
+                raise NotImplementedError(
+                    f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be "
+                    f"searched among normals on the site's own support only: Normal on the reals, LogNormal on the "
+                    f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
+                )
+            base = found[0]
+            axis = frame.dim - (base.loc.dim() - len(site["fn"].batch_shape))
+            moments = [value.movedim(axis, 0).reshape(len(indices), -1).to(values) for value in (base.loc, base.scale)]
+            values.data[indices] = optimum.family.parameters(*moments)
+
+
 def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the guide's distribution of every latent for these data."""
-    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    """Returns the sites of one run of a guide."""
+    with preserved(guide, evaluating=True), torch.no_grad():
+        with poutine.block(hide_fn=lambda msg: not site_is_subsample(msg)):
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-
-
-def _start_from(optimum: AutoAmortized, name: str, site: Any, own: Any) -> None:
-    """Copies a guide's answer for a site into the table of the optimum, whose own answer shows its support."""
-    found = normal_underneath(site["fn"])
-    if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
-        raise NotImplementedError(
-            f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be searched "
-            f"among normals on the site's own support only: Normal on the reals, LogNormal on the positives. ELBO, "
-            f"evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
-        )
-    base, _ = found
-    assert optimum.plan is not None
-    block = optimum.plan.block_of(name)
-    assert block is not None
-    event_dim = base.loc.dim() - len(site["fn"].batch_shape)
-    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    axes = [frames[plate].dim - event_dim for plate in block.plates]
-    rows = [value.movedim(axes, list(range(len(axes)))).reshape(block.rows, -1) for value in (base.loc, base.scale)]
-    values = optimum.coder_of(block).values[block.sites.index(name)]
-    values.data.copy_(optimum.family.parameters(*(row.to(values.dtype) for row in rows)))
 
 
 def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
