@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+FEWEST_DRAWS = 25
+
+
 def _arviz() -> Any:
     with warnings.catch_warnings():  # 0.2x announces 1.x at import
         warnings.simplefilter("ignore")
@@ -47,7 +50,8 @@ def psis(log_weights: Tensor, flat: float = 1.05) -> tuple[Tensor, Tensor]:
             they are, and k-hat is 0. The default is met by a perfect guide.
 
     Returns:
-        Smoothed log weights, on the scale of those given, shape (draws, rows); and k-hat, shape (rows,).
+        Smoothed log weights, on the scale of those given, shape (draws, rows); and k-hat, shape (rows,), infinite if
+        there are too few draws to fit a tail to.
 
     References:
         A. Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 2024, https://arxiv.org/abs/1507.02646
@@ -56,7 +60,9 @@ def psis(log_weights: Tensor, flat: float = 1.05) -> tuple[Tensor, Tensor]:
     smoothed, k_hat = raw.clone(), torch.zeros(raw.shape[1], dtype=torch.float64)
     mean = raw.logsumexp(0) - math.log(len(raw))
     uneven = (raw.max(0).values - mean > math.log(flat)).nonzero().flatten()
-    if len(uneven):
+    if len(raw) < FEWEST_DRAWS:
+        k_hat[uneven] = torch.inf
+    elif len(uneven):
         values = raw[:, uneven].T.contiguous().numpy()
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -174,29 +174,20 @@ class AutoAmortized(AutoGuide):
         self._refuse_misplaced(plan)
         run = GuidedRun(self, args, kwargs, {}, plan=plan)
         examples = run.examples()
-        blocks, preparations = [], nn.ModuleDict()
         data = [*Call(self.model, args, kwargs).tensors.values(), *(v for rows in examples.values() for v in rows)]
         floating = [value.dtype for value in data if value.is_floating_point()]
         self.dtype = floating[0] if floating else torch.get_default_dtype()
         device = data[0].device if data else torch.empty(()).device
-        widths = {}
+        blocks, preparations, features = [], nn.ModuleDict(), {}
         for block in plan.blocks:
             if block.name in examples:
-                rows = examples[block.name]
-                shapes = [tuple(value.shape[1:]) for value in rows]
-                sources = tuple(replace(s, shape=shape) for s, shape in zip(block.sources, shapes, strict=True))
-                block = replace(block, sources=sources)
-                preparation = Inputs(block, self.options["prepare"]).to(device)  # type: ignore[arg-type]
-                preparation.measure(rows, self.dtype)
-                features = preparation(rows, self.dtype)
-                block = replace(block, features=features.shape[-1])
-                preparation.block = block
+                block, preparation = self._prepared(block, examples[block.name], device)
                 preparations[part_key(block.name)] = preparation
-                widths[block.name] = features
+                features[block.name] = preparation(examples[block.name], self.dtype)
             blocks.append(block)
-        plan = replace(plan, blocks=tuple(blocks))
-        self._build(plan, preparations, widths, device)
-        self._start(args, kwargs)
+        self._build(replace(plan, blocks=tuple(blocks)), preparations, features, device)
+        trace = self._start(args, kwargs)
+        run.learn_exit({name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)})
         self._versions = [p._version for p in self.parameters()]
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -363,6 +354,15 @@ class AutoAmortized(AutoGuide):
             apart |= set(inputs)
         return frozenset(tables), frozenset(apart)
 
+    def _prepared(self, block: Block, rows: list[Tensor], device: torch.device) -> tuple[Block, Inputs]:
+        """Returns a block with the shapes that its data have, and the preparation that was measured on them."""
+        shapes = [tuple(value.shape[1:]) for value in rows]
+        sources = tuple(replace(s, shape=shape) for s, shape in zip(block.sources, shapes, strict=True))
+        preparation = Inputs(replace(block, sources=sources), self.options["prepare"]).to(device)  # type: ignore[arg-type]
+        preparation.measure(rows, self.dtype)
+        preparation.block = replace(preparation.block, features=preparation(rows, self.dtype).shape[-1])
+        return preparation.block, preparation
+
     def _refuse_misplaced(self, plan: AmortizationPlan) -> None:
         encoder = self.options["encoder"]
         for key, value in encoder.items() if isinstance(encoder, dict) else ():
@@ -388,9 +388,9 @@ class AutoAmortized(AutoGuide):
         return self._modules["preparations"][part_key(block.name)]  # type: ignore[index]
 
     def _build(
-        self, plan: AmortizationPlan, preparations: nn.ModuleDict, examples: dict[str, Any], device: torch.device
+        self, plan: AmortizationPlan, preparations: nn.ModuleDict, features: dict[str, Any], device: torch.device
     ) -> None:
-        """Makes a coder for each block; ``examples`` are its features, or the width of its trunk's output."""
+        """Makes a coder for each block; ``features`` are example inputs of its trunk, or the width of its output."""
         coders = nn.ModuleDict()
         for block in plan.blocks:
             widths = [self.family.per_dim * dim for dim in block.dims]
@@ -404,7 +404,7 @@ class AutoAmortized(AutoGuide):
                 trunk = encoder if isinstance(encoder, nn.Module) else _made(encoder, block)
                 if trunk is not encoder:
                     trunk = trunk.to(device, self.dtype)
-                width = examples[block.name]
+                width = features[block.name]
                 if isinstance(width, Tensor):
                     with preserved(trunk, evaluating=True), torch.no_grad():
                         try:
@@ -419,8 +419,8 @@ class AutoAmortized(AutoGuide):
         self.plan = plan
         self._exits = {}
 
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Sets the parameters so that q starts at ``init_loc_fn`` with ``init_scale``."""
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+        """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the run of the model behind that."""
         assert self.plan is not None
         rng = pyro.util.get_rng_state()
         with preserved(self.model, evaluating=True):
@@ -448,6 +448,7 @@ class AutoAmortized(AutoGuide):
                     head = coder.heads[i]
                     head.weight.data.mul_(0.1)
                     head.bias.data.copy_(self.family.parameters(rows.mean(0), scale[0]))
+        return trace
 
     def _announce(self) -> None:
         """Sends a param message for every parameter, so that any ELBO trains it."""

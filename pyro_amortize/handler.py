@@ -19,7 +19,7 @@ from pyro_amortize.calls import Call
 from pyro_amortize.encoders import Rows
 from pyro_amortize.inputs import pick_rows
 from pyro_amortize.parameters import preserved
-from pyro_amortize.plan import AmortizationPlan, Block
+from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.probes import HeldRun, site_rows
 from pyro_amortize.structure import Plate, Source
@@ -69,17 +69,22 @@ class GuidedRun(Messenger):
                 self._refuse_missing(block)
         if any(source.axis is None and source.feeds not in self.observations for source in self._sources()):
             self._look_up()
-        key = self._kind_of_call()
-        self._exit_after = self.guide._exits.get(key)
+        self._exit_after = self.guide._exits.get(self._kind_of_call())
         try:
             with self:
                 self.guide.model(*self.args, **self.kwargs)
         except _Done:
             pass
-        planned = {site for block in self.plan.blocks for site in block.sites}
-        if self._exit_after is None and planned <= set(self.values) and not _form_families(self.values):
-            self.guide._exits[key] = frozenset(self.values)
+        if self._exit_after is None:
+            self.learn_exit(set(self.values))
         return self.values
+
+    def learn_exit(self, latents: set[str]) -> None:
+        """Notes that a whole run of this kind of call samples these latents, so that the next may leave after them."""
+        key = self._kind_of_call()
+        planned = {site for block in self.plan.blocks for site in block.sites}
+        if key is not None and planned <= latents and not _form_families(latents):
+            self.guide._exits[key] = frozenset(latents)
 
     def examples(self) -> dict[str, list[Tensor]]:
         """Returns the data of every block that has some, as the call holds them."""
@@ -109,15 +114,20 @@ class GuidedRun(Messenger):
         self._looked_up = {"sites": trace.nodes, "indices": held.indices}
 
     def _kind_of_call(self) -> Any:
-        """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows."""
+        """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows.
+
+        None if an argument is an object of unknown meaning.
+        """
         axes = {source.name: source.axis for source in self._sources()}
         parts: list[Any] = [self.guide.training, getattr(self.guide.model, "training", None)]
         for name, leaf in self.call.leaves.items():
             if isinstance(leaf, Tensor):
                 axis = axes.get(name)
                 parts.append((name, leaf.dtype, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
+            elif isinstance(leaf, (int, float, str, type(None))):
+                parts.append((name, type(leaf), leaf))
             else:
-                parts.append((name, leaf if isinstance(leaf, (int, float, str, bool, type(None))) else id(leaf)))
+                return None
         return tuple(parts)
 
     # The handler.
@@ -241,7 +251,7 @@ class GuidedRun(Messenger):
             rows: Tensor | None
             if source.axis is None:
                 rows = self._site_rows(source, frame)
-            elif source.name == "inputs" and source.name not in self.call.leaves:
+            elif source.name == FUNCTION:
                 rows = self._function_rows(block)
             else:
                 rows = pick_rows(

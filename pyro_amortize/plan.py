@@ -10,6 +10,9 @@ from pyro_amortize.calls import Model
 from pyro_amortize.probes import examine
 from pyro_amortize.structure import Site, Source, Structure
 
+FUNCTION = "inputs(...)"
+"""Name of the source that a function of the user's own is."""
+
 Inputs = str | Callable[..., Any] | list[str] | tuple[str, ...]
 
 
@@ -283,7 +286,7 @@ def _inputs(facts: Structure, name: str, plate: str, sites: list[Site], inputs: 
         keys = [key for key in (name, *(site.name for site in sites), plate) if key in inputs]
         chosen = inputs[keys[0]] if keys else None
     if callable(chosen):
-        return (Source("inputs", 0, False, (), frozenset(related)),), True
+        return (Source(FUNCTION, 0, False, (), frozenset(related)),), True
     if chosen is not None:
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         picked = tuple(_named_source(facts, plate, n, related) for n in names)
