@@ -1,0 +1,163 @@
+"""A block's data, prepared."""
+
+import pytest
+import torch
+
+from pyro_amortize.inputs import Inputs, pick_rows
+from pyro_amortize.plan import Block, width
+from pyro_amortize.structure import Source
+
+DTYPE = torch.float64
+
+
+def source(name="x", shape=(), **facts):
+    return Source(**{"name": name, "axis": 0, "indexed": False, "shape": shape, "reaches": frozenset(["x"]), **facts})
+
+
+def prepared(sources, data, prepare="auto", new=None):
+    block = Block("n", ("z",), ("n",), 1, ("x",), 0, True, True, (1,), ((),), tuple(sources), 8)
+    inputs = Inputs(block, prepare)
+    inputs.measure(data, DTYPE)
+    return inputs(data if new is None else new, DTYPE)
+
+
+def test_reals_are_standardized():
+    x = 5 + 3 * torch.randn(50, 2, dtype=DTYPE)
+    features = prepared([source(shape=(2,))], [x])
+    torch.testing.assert_close(features, (x - x.mean(0)) / x.std(0, unbiased=False))
+
+
+def test_new_rows_are_prepared_with_the_old_statistics():
+    x = 5 + 3 * torch.randn(50, dtype=DTYPE)
+    features = prepared([source()], [x], new=[x[:1]])
+    torch.testing.assert_close(features[:, 0], (x[:1] - x.mean()) / x.std(unbiased=False))
+
+
+def test_counts_are_taken_to_log1p():
+    x = torch.randint(0, 20, (50,))
+    features = prepared([source(kind="count")], [x])
+    log = x.to(DTYPE).log1p()
+    torch.testing.assert_close(features[:, 0], (log - log.mean()) / log.std(unbiased=False))
+
+
+def test_categories_become_one_hot():
+    x = torch.tensor([[0, 2], [1, 1], [2, 2]])
+    s = source(shape=(2,), kind="category", categories=3)
+    features = prepared([s], [x])
+    assert features.tolist() == [[1, 0, 0, 0, 0, 1], [0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1]]
+    assert width(s) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_binary_data_stay_zero_and_one(dtype):
+    x = torch.tensor([1, 0, 0, 1]).to(dtype)
+    assert prepared([source(kind="binary")], [x])[:, 0].tolist() == [1, 0, 0, 1]
+
+
+def test_nan_is_filled_by_the_mean_and_marked():
+    x = torch.tensor([1.0, torch.nan, 3.0], dtype=DTYPE)
+    s = source(missing=True)
+    features = prepared([s], [x])
+    assert width(s) == features.shape[1] == 2
+    assert features.tolist() == [[-1, 0], [0, 1], [1, 0]]
+
+
+def test_a_feature_that_is_all_nan_is_zero():
+    features = prepared([source(missing=True)], [torch.full((4,), torch.nan)])
+    assert features.tolist() == [[0, 1]] * 4
+
+
+def test_new_nan_is_refused_where_no_column_can_mark_it():
+    with pytest.raises(ValueError, match=r"'x' holds NaN.*block 'n'.*x.nan_to_num\(\)"):
+        prepared([source()], [torch.ones(3)], new=[torch.tensor([torch.nan])])
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e6])
+def test_a_feature_without_spread_is_only_shifted(value):
+    x = torch.full((64, 1), value, dtype=DTYPE)
+    assert prepared([source(shape=(1,))], [x], new=[x[:1] + 2]).tolist() == [[2.0]]
+
+
+def test_nearly_constant_features_do_not_explode():
+    """The 13 pixels of the digits that are zero in the first 64 rows reach 16 later on."""
+    x = torch.zeros(64, 1)
+    assert prepared([source(shape=(1,), kind="count")], [x], new=[torch.full((1, 1), 16.0)]).item() < 3
+
+
+def test_one_row_gives_no_nan():
+    assert prepared([source(shape=(2,))], [torch.randn(1, 2)]).tolist() == [[0, 0]]
+
+
+def test_sources_are_joined_and_flattened_in_order():
+    features = prepared(
+        [source("a", (2, 2)), source("b")], [torch.arange(8.0).reshape(2, 2, 2), torch.tensor([8.0, 9.0])], None
+    )
+    assert features.tolist() == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 9]]
+
+
+def test_batch_axes_broadcast():
+    x, c = torch.randn(6, 4, 3), torch.randn(4)
+    assert prepared([source("x", (3,)), source("c")], [x, c], None).shape == (6, 4, 4)
+
+
+def test_a_function_prepares_plain_features():
+    x = torch.arange(4.0, dtype=DTYPE)
+    features = prepared([source()], [x], lambda rows: torch.cat([rows, rows**2], -1))
+    assert features.tolist() == [[0, 0], [1, 1], [2, 4], [3, 9]]
+
+
+def test_infinities_are_not_hidden():
+    x = torch.randn(5, dtype=DTYPE)
+    assert prepared([source()], [x], new=[torch.tensor([torch.inf, -torch.inf])])[:, 0].tolist() == [
+        torch.inf,
+        -torch.inf,
+    ]
+
+
+# Rows of an argument for the present elements of a plate.
+
+
+def test_rows_as_they_stand():
+    x = torch.randn(5, 2)
+    assert torch.equal(pick_rows(source(shape=(2,)), x, "n", 5, 5, None), x)
+
+
+def test_rows_of_another_axis_come_first():
+    x = torch.randn(2, 5)
+    assert torch.equal(pick_rows(source(axis=1, shape=(2,)), x, "n", 5, 5, None), x.T)
+
+
+def test_an_argument_of_the_full_size_is_indexed():
+    x = torch.randn(5)
+    index = torch.tensor([3, 1])
+    assert torch.equal(pick_rows(source(), x, "n", 2, 5, index), x[index])
+
+
+def test_an_argument_of_the_subsamples_size_is_used_as_it_stands():
+    x = torch.randn(2)
+    assert torch.equal(pick_rows(source(), x, "n", 2, 5, torch.tensor([3, 1])), x)
+
+
+def test_an_index_of_all_rows_may_permute_them():
+    x = torch.randn(3)
+    index = torch.tensor([2, 0, 1])
+    assert torch.equal(pick_rows(source(indexed=True), x, "n", 3, 3, index), x[index])
+
+
+def test_none_stays_none():
+    assert pick_rows(source(), None, "n", 3, 3, None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3, 6), r"'x' has 6 features per element of plate 'n'.*with 4.*AutoAmortizedNormal\(model\)"),
+        (torch.ones(3, 2, 2), r"'x' has rows of shape \(2, 2\).*shape \(4,\).*Build a new guide"),
+        (torch.ones(2, 4), r"'x' has 2 rows along axis 0, but plate 'n' has 3 elements.*x\[:3\]"),
+        ([1, 2], r"'x' is a list.*torch.as_tensor\(x\)"),
+    ],
+    ids=["width", "shape", "length", "type"],
+)
+def test_arguments_that_do_not_fit_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        pick_rows(source(shape=(4,)), value, "n", 3, 3, None)

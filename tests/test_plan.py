@@ -1,0 +1,237 @@
+"""Plans, from facts."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import CASES, SIGMA, TAU
+from pyro import poutine
+
+from pyro_amortize import AmortizationPlan, AutoAmortizedNormal, plan_amortization
+from pyro_amortize.plan import build_plan
+from pyro_amortize.probes import examine
+
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def plan_of(name, rows=None):
+    case = CASES[name]
+    args, kwargs = case.example(rows)
+    return plan_amortization(case.make(), *args, **kwargs)
+
+
+@cases
+def test_plans_of_the_zoo(name):
+    case, plan = CASES[name], plan_of(name)
+    encoded = {site: set(block.inputs) for block in plan.blocks if block.amortized for site in block.sites}
+    assert encoded == case.amortized
+    assert tuple(site for block in plan.blocks if not block.amortized for site in block.sites) == case.tables
+    assert plan.left_to_model == case.left
+    assert plan.verdict.closable is case.closable
+    assert plan.verdict.reason
+    for block in plan.blocks:
+        assert block.closable is (case.closable if block.amortized else None)
+        assert block.plates == (("n",) if block.amortized else case.plates.get(block.name, ()))
+        assert block.dim == sum(block.dims)
+
+
+@cases
+def test_plans_survive_being_written_as_plain_data(name, tmp_path):
+    plan = plan_of(name)
+    torch.save(plan.to_dict(), tmp_path / "plan.pt")
+    assert AmortizationPlan.from_dict(torch.load(tmp_path / "plan.pt", weights_only=True)) == plan
+
+
+@cases
+def test_plans_print_every_site_once(name):
+    case, text = CASES[name], str(plan_of(name))
+    for site in case.latents:
+        assert site in text
+    header, *rows = text.splitlines()
+    assert header.split() == ["block", "sites", "plates", "dim", "parameters", "from", "features", "closable"]
+    assert rows[-1].startswith("closable: ")
+    assert ("left to the model" in text) is bool(case.left)
+
+
+@cases
+def test_planning_twice_gives_the_same_plan(name):
+    assert plan_of(name) == plan_of(name)
+
+
+def test_plan_as_a_table():
+    assert str(plan_of("linear")).splitlines() == [
+        "block  sites  plates  dim  parameters from  features  closable",
+        "theta  theta  -       1    table of 1       -         -",
+        "n      z      n       1    encoder(x)       1         yes",
+        "closable: True (rows of 'n' are independent given the globals, and the encoder sees all of a row's data)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "features"),
+    [("ppca", 3, 8), ("supports", 17, 1), ("categorical", 4, 4), ("obs_mask", 1, 2), ("nested_arguments", 1, 3)],
+)
+def test_dims_and_features(name, dim, features):
+    block = plan_of(name).blocks[-1]
+    assert (block.dim, block.features) == (dim, features)
+
+
+def test_rows_of_tables():
+    assert plan_of("plate_of_globals").block_of("w").rows == 3
+    assert plan_of("subsample_size").block_of("z").rows == 12
+    assert plan_of("minibatch").block_of("z").rows == 40
+
+
+def test_block_of_an_unknown_site_is_none():
+    assert plan_of("linear").block_of("y") is None
+
+
+def test_nothing_amortized():
+    plan = plan_of("no_local_latent")
+    assert not any(block.amortized for block in plan.blocks)
+    assert "nothing is amortized" in plan.verdict.reason
+
+
+# Verdicts.
+
+
+def normal(loc=0.0):
+    return dist.Normal(torch.as_tensor(loc), 1.0)
+
+
+def model_of(loc):
+    def model(x, c=None):
+        theta = pyro.sample("theta", normal())
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", normal())
+            pyro.sample("x", normal(theta + loc(z, x, c)), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loc", "closable", "factorizes", "named"),
+    [
+        (lambda z, x, c: z, True, True, "'n'"),
+        (lambda z, x, c: z * c, True, True, "'n'"),
+        (lambda z, x, c: z.cumsum(0), False, False, "'z' are coupled through 'x'"),
+        (lambda z, x, c: z + x.mean(), False, False, "'x' enters the densities of other rows"),
+        (lambda z, x, c: z + c.roll(1), False, False, "'c' enters the densities of other rows"),
+        (lambda z, x, c: z + torch.arange(9.0), False, True, "equal data have different densities"),
+    ],
+    ids=["simple", "covariate", "series", "mean", "neighbour", "index"],
+)
+def test_verdict(loc, closable, factorizes, named):
+    verdict = plan_amortization(model_of(loc), torch.randn(9), torch.randn(9)).verdict
+    assert verdict.closable is closable
+    assert verdict.factorizes is factorizes
+    assert named in verdict.reason
+
+
+def test_the_saw_series_is_not_closable_from_one_row():
+    """z_n ~ N(x_{n-1}, 1), x_n ~ N(a (theta + z_n), 1): section 4.5 of Margossian & Blei (2024)."""
+
+    def model(x):
+        theta = pyro.sample("theta", normal())
+        before = torch.cat([torch.zeros(1), x[:-1]])
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", normal(before))
+            pyro.sample("x", normal(0.75 * (theta + z)), obs=x)
+
+    plan = plan_amortization(model, torch.randn(20))
+    assert plan.verdict.closable is False
+    assert "neighbours" in plan.verdict.reason
+
+
+def test_equal_rows_of_a_covariate_leave_the_verdict_open():
+    plan = plan_amortization(model_of(lambda z, x, c: z + c), torch.randn(9), torch.ones(9))
+    assert plan.verdict.closable is None
+    assert "'c'" in plan.verdict.reason
+    assert "inputs=" in plan.verdict.reason
+
+
+def test_closable_is_the_theorem_for_the_linear_model():
+    """There, E q(z_n) is linear in x_n given the optimal q(theta): answer 1 of the known ones."""
+    plan = plan_amortization(CASES["linear"].make(), torch.randn(50) * (TAU**2 + SIGMA**2) ** 0.5)
+    assert plan.verdict.closable is True
+    assert plan.verdict.factorizes
+
+
+# Choices.
+
+
+def test_tables_and_encoders_apart():
+    args, _ = CASES["supports"].example()
+    facts = examine(CASES["supports"].make(), args, {})
+    whole = build_plan(facts)
+    assert [block.name for block in whole.blocks] == ["n"]
+    apart = build_plan(facts, tables=frozenset(["simplex"]), apart=frozenset(["unit"]))
+    assert {block.name: block.amortized for block in apart.blocks} == {"n": True, "unit": True, "simplex": False}
+    assert apart.block_of("simplex").rows == 12
+    assert "unit" not in apart.block_of("positive").sites
+
+
+def test_a_plate_of_tables():
+    args, _ = CASES["linear"].example()
+    facts = examine(CASES["linear"].make(), args, {})
+    plan = build_plan(facts, tables=frozenset(["n"]))
+    assert {block.name: block.rows for block in plan.blocks} == {"theta": 1, "z": 12}
+
+
+def inputs_of(inputs, name="covariates_in_likelihood"):
+    args, kwargs = CASES[name].example()
+    guide = AutoAmortizedNormal(CASES[name].make(), inputs=inputs)
+    guide.initialize(*args, **kwargs)
+    return guide.plan
+
+
+@pytest.mark.parametrize("inputs", ["y", ["y"], ("y",), {"n": ["y"]}, {"z": "y"}], ids=str)
+def test_inputs_may_be_named(inputs):
+    plan = inputs_of(inputs)
+    assert plan.block_of("z").inputs == ("y",)
+    assert plan.verdict.closable is False
+    assert "leaves out 'c'" in plan.verdict.reason
+
+
+def test_all_inputs_named_in_another_order_close_the_gap():
+    plan = inputs_of(["y", "c"])
+    assert plan.block_of("z").inputs == ("y", "c")
+    assert plan.verdict.closable is True
+
+
+def test_an_argument_that_the_probe_did_not_find_may_be_named():
+    assert inputs_of(["y", "c", "unused"]).block_of("z").inputs == ("y", "c", "unused")
+
+
+def test_an_observed_site_may_be_named_as_an_input():
+    plan = inputs_of(["x"], name="keyword_only")
+    assert plan.block_of("z").inputs == ("x",)
+
+
+def test_inputs_that_are_unknown_are_refused():
+    with pytest.raises(ValueError, match=r"'u', which is no observed site and no argument with 12 rows.*Known"):
+        inputs_of(["u"])
+
+
+def test_hidden_sites_are_left_out():
+    case = CASES["several_observed"]
+    args, kwargs = case.example()
+    plan = plan_amortization(poutine.block(case.make(), hide=["b"]), *args, **kwargs)
+    assert [block.sites for block in plan.blocks] == [("a",)]
+
+
+def test_conditioned_latents_are_data():
+    model = pyro.condition(CASES["linear"].make(), data={"theta": torch.tensor(0.0)})
+    args, kwargs = CASES["linear"].example()
+    plan = plan_amortization(model, *args, **kwargs)
+    assert [block.sites for block in plan.blocks] == [("z",)]
+
+
+def test_a_prior_without_data_is_guided_whole():
+    def model(scale):
+        pyro.sample("a", dist.Normal(torch.tensor(0.0), scale))
+        with pyro.plate("k", 3):
+            pyro.sample("b", normal())
+
+    plan = plan_amortization(model, 2.0)
+    assert [(block.sites, block.rows) for block in plan.blocks] == [(("a",), 1), (("b",), 3)]

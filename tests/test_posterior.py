@@ -1,0 +1,101 @@
+"""Answers as distributions, against moments known in closed form."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_amortize import Posterior
+from pyro_amortize.posterior import DRAWS, normal_underneath
+from pyro_amortize.supports import dressed
+
+LOC, SCALE = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 1.2])
+BASE = dist.Normal(LOC, SCALE)
+
+
+def posterior_of(prior, base=BASE):
+    return Posterior({"z": dressed({"name": "z", "fn": prior}, prior, base)}, {"z": ("n",)})
+
+
+def test_normal_moments_are_exact():
+    posterior = posterior_of(BASE)
+    assert torch.equal(posterior.mean["z"], LOC)
+    assert torch.equal(posterior.stddev["z"], SCALE)
+    assert torch.equal(posterior.median["z"], LOC)
+
+
+def test_lognormal_moments_are_exact():
+    posterior = posterior_of(dist.Gamma(torch.ones(2), 1.0))
+    exact = torch.distributions.LogNormal(LOC, SCALE)
+    torch.testing.assert_close(posterior.mean["z"], exact.mean)
+    torch.testing.assert_close(posterior.stddev["z"], exact.stddev)
+    torch.testing.assert_close(posterior.median["z"], LOC.exp())
+
+
+def test_other_moments_come_from_draws_of_a_fixed_seed():
+    posterior = posterior_of(dist.Beta(torch.ones(2), 1.0))
+    state = torch.get_rng_state()
+    mean, stddev = posterior.mean["z"], posterior.stddev["z"]
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(3)
+    assert torch.equal(mean, posterior.mean["z"])
+    points = torch.linspace(-8, 8, 20_001)
+    density = BASE.log_prob(points[:, None]).exp() * (points[1] - points[0])
+    exact = (points.sigmoid()[:, None] * density).sum(0)
+    spread = ((points.sigmoid()[:, None] - exact) ** 2 * density).sum(0).sqrt()
+    assert bool(((mean - exact).abs() < 4 * spread / math.sqrt(DRAWS)).all())
+    torch.testing.assert_close(stddev, spread, rtol=4 / math.sqrt(2 * DRAWS), atol=0)
+
+
+def test_quantiles_are_exact_and_lead():
+    levels = [0.025, 0.5, 0.975]
+    quantiles = posterior_of(dist.Gamma(torch.ones(2), 1.0)).quantiles(levels)["z"]
+    assert quantiles.shape == (3, 2)
+    exact = torch.distributions.LogNormal(LOC, SCALE).icdf(torch.tensor(levels)[:, None])
+    torch.testing.assert_close(quantiles, exact)
+
+
+@pytest.mark.parametrize("levels", [[0.5], (0.1, 0.9), torch.tensor([0.1, 0.2, 0.3])], ids=["list", "tuple", "tensor"])
+def test_quantiles_take_any_sequence(levels):
+    assert posterior_of(BASE).quantiles(levels)["z"].shape == (len(levels), 2)
+
+
+def test_simplex_quantiles_are_on_the_simplex():
+    prior = dist.Dirichlet(torch.ones(5, 3))
+    posterior = posterior_of(prior, dist.Normal(torch.randn(5, 2), 1.0))
+    quantiles = posterior.quantiles([0.1, 0.9])["z"]
+    assert quantiles.shape == (2, 5, 3)
+    torch.testing.assert_close(quantiles.sum(-1), torch.ones(2, 5))
+
+
+def test_samples_and_densities():
+    posterior = posterior_of(dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+    draws = posterior.sample((7, 3))
+    assert draws["z"].shape == (7, 3, 2)
+    assert posterior.sample()["z"].shape == (2,)
+    log_q = posterior.log_prob(draws)["z"]
+    exact = torch.distributions.LogNormal(LOC, SCALE).log_prob(draws["z"]).sum(-1)
+    torch.testing.assert_close(log_q, exact)
+
+
+def test_values_of_part_of_the_sites_are_enough():
+    posterior = Posterior({"a": BASE, "b": BASE}, {"a": (), "b": ()})
+    assert set(posterior.log_prob({"b": LOC})) == {"b"}
+
+
+def test_unknown_sites_are_refused():
+    with pytest.raises(ValueError, match=r"'y' is no site of the guide. Known: \['z'\]"):
+        posterior_of(BASE).log_prob({"y": LOC})
+
+
+def test_repr_shows_shapes():
+    assert repr(posterior_of(BASE)) == "Posterior(z: (2,))"
+
+
+def test_normal_underneath():
+    fn = dressed({"name": "z", "fn": (p := dist.Beta(torch.ones(2), 1.0).to_event(1).mask(False))}, p, BASE)
+    base, transforms = normal_underneath(fn)
+    assert torch.equal(base.loc, LOC)
+    assert len(transforms) == 1
+    assert normal_underneath(dist.Gamma(1.0, 1.0)) is None
