@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 FEWEST_DRAWS = 25
 
 

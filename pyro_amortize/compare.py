@@ -135,7 +135,7 @@ def compare_inference(
         num_rows = _num_rows(model, args, kwargs)
         table = _table(fits, ratios, args, kwargs, num_rows)
         moments = _moments(fits, args, kwargs)
-    mean_field = [label for label, what in asked.items() if what == "mean_field"]
+    mean_field = [label for label, fit in fits.items() if isinstance(fit, SVIFit) and not _answers_new_rows(fit)]
     warnings += _doubts(table, fits, mean_field, tolerance=max(0.1, 1e-3 * num_rows))
     return Comparison(table, moments, fits, tuple(warnings))
 

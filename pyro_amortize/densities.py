@@ -131,11 +131,12 @@ def log_joint(
         return _Evaluation(model, guide, args, kwargs).at(values, plate)
 
 
-def can_vectorize(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether draws made in one run of model and guide are what a run each gives."""
+def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Returns the depth of the model's plates if draws made in one run are what a run each gives, else None."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(0)
-        return _Evaluation(model, guide, args, kwargs).can_vectorize(None)
+        evaluation = _Evaluation(model, guide, args, kwargs)
+        return evaluation.nesting if evaluation.can_vectorize(None) else None
 
 
 class _Evaluation:

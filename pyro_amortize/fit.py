@@ -119,7 +119,7 @@ def fit_svi(
 
 @dataclass(frozen=True)
 class Options:
-    """The options that every fit takes."""
+    """The options that every fit takes; with ``max_plate_nesting``, particles are drawn in one run of the model."""
 
     num_steps: int = 2000
     batch_size: int | None = None
@@ -129,7 +129,7 @@ class Options:
     num_particles: int = 1
     seed: int | None = None
     progress: bool = True
-    vectorize_particles: bool = False
+    max_plate_nesting: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_particles", "batch_size"):
@@ -165,7 +165,7 @@ def train(
     """
     start = time.perf_counter()
     with seeded(options.seed):
-        if isinstance(guide, AutoAmortized):
+        if isinstance(guide, AutoAmortized) and guide.plan is None:
             guide.initialize(*args, **kwargs)
         batches = _Batches(model, guide, args, kwargs, options)
         steps = _Steps(model, guide, options, held, train_model)
@@ -231,7 +231,7 @@ class _Steps:
     def take(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float:
         """Takes one step; returns the loss."""
         try:
-            with handler, poutine.trace(param_only=True) as capture:
+            with handler, _without_nan_warnings(), poutine.trace(param_only=True) as capture:
                 value = self._loss_and_grads(args, kwargs)
         except ValueError as error:  # how validation reports that parameters left their range
             if step == 0:
@@ -285,11 +285,11 @@ class _Steps:
             parameter.grad = None
 
     def _fail(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> None:
+        where = _not_finite(self.model, self.guide, args, kwargs)
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 parameter.copy_(self.last_good[key])
                 parameter.grad = None
-        where = _not_finite(self.model, self.guide, args, kwargs)
         raise RuntimeError(
             f"fit: the loss or a gradient is not finite at step {step}{where}. Parameters are back at the last good "
             f"step. Lower the learning rate, fit_svi(..., lr={self.options.lr / 10:g}), or look for infinite values in "
@@ -297,12 +297,23 @@ class _Steps:
         ) from error
 
 
+@contextmanager
+def _without_nan_warnings() -> Iterator[None]:
+    """Silences Pyro's warnings of NaN and infinity: the fit raises an error of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
+        yield
+
+
 def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Names the first site whose log density is not finite with the present parameters."""
-    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        guided = poutine.trace(guide).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
+    try:
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), _without_nan_warnings():
+            guided = poutine.trace(guide).get_trace(*args, **kwargs)
+            trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+    except (ValueError, RuntimeError):
+        return ""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not bool(site["log_prob_sum"].isfinite()):
             return f" (site '{name}' of the model has log density {float(site['log_prob_sum'])})"
@@ -312,8 +323,9 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
 def _default_loss(guide: Model, options: Options) -> Any:
     analytic = isinstance(guide, AutoAmortized) and guide.plan is not None and not guide.plan.left_to_model
     elbo = TraceMeanField_ELBO if analytic else Trace_ELBO
-    vectorize = options.vectorize_particles and options.num_particles > 1
-    return elbo(num_particles=options.num_particles, vectorize_particles=vectorize)
+    if options.max_plate_nesting is None:
+        return elbo(num_particles=options.num_particles)
+    return elbo(options.num_particles, max_plate_nesting=options.max_plate_nesting, vectorize_particles=True)
 
 
 class _Batches:

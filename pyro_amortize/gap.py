@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_amortize import plots
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import can_vectorize, log_densities
+from pyro_amortize.densities import log_densities, vectorizing
 from pyro_amortize.encoders import Constant
 from pyro_amortize.evidence import GOOD_ENOUGH, Evidence, estimate_evidence, robust_evidence, standard_error
 from pyro_amortize.fit import Options, SVIFit, seeded, train
@@ -33,6 +33,8 @@ class GapReport:
 
     inference gap = log p(x_n) - ELBO_n = approximation gap (log p(x_n) - ELBO_n of the best q of the family) +
     amortization gap (ELBO_n of the best q - ELBO_n of the encoder's q), all in nats and given the globals.
+
+    Standard errors are those of the draws; how far the search for q* stopped from the optimum is not in them.
 
     Attributes:
         per_datum: A row a datum: ``elbo``, ``elbo_optimum``, ``log_evidence``, ``amortization_gap``,
@@ -77,11 +79,15 @@ class GapReport:
         head = f"GapReport{rows}, in nats, {self.num_draws} draws" + (
             f", given {', '.join(self.given)}" if self.given else ""
         )
-        lines = [head, self.summary().to_string(float_format=lambda value: f"{value:.4g}", na_rep="-")]
+        lines = [head, self.summary().to_string(float_format=_number, na_rep="-")]
         if self.per_datum is not None:
             k = self.per_datum["khat"]
             lines.append(f"k-hat: median {k.median():.2f}, max {k.max():.2f} (good below {good_k(self.num_draws):.2f})")
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def amortization_gap(
@@ -297,8 +303,8 @@ def _constant_doubt(
         constant = AutoAmortized(model, encoder=Constant())
         with seeded(options.seed):
             constant.initialize(*args, **kwargs)
-        options = replace(options, vectorize_particles=can_vectorize(model, constant, args, kwargs))
-        fit = train(model, constant, args, kwargs, options, "Constant", held=record, train_model=False)
+        options = replace(options, max_plate_nesting=vectorizing(model, constant, args, kwargs))
+        fit = train(model, constant, args, kwargs, options, "baseline: Constant", held=record, train_model=False)
     baseline = log_ratio(fit.guide).sum(-1)
     lead = encoded.sum(-1) - baseline
     possible = float((best.sum(-1) - baseline).mean())

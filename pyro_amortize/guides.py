@@ -302,8 +302,8 @@ class AutoAmortized(AutoGuide):
         return {"plan": self.plan.to_dict(), "dtype": str(self.dtype).removeprefix("torch."), "widths": widths}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Makes the modules of a saved plan; their values follow."""
-        if not state:
+        """Makes the modules of a saved plan, unless they are there; their values follow."""
+        if not state or state == self.get_extra_state():
             return
         self.dtype = getattr(torch, state["dtype"])
         plan = AmortizationPlan.from_dict(state["plan"])

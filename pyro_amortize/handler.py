@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
@@ -27,6 +28,9 @@ from pyro_amortize.supports import dressed, unconstrained_shape
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
+
+
+MOST_EXITS = 256
 
 
 class _Done(BaseException):
@@ -84,6 +88,8 @@ class GuidedRun(Messenger):
         key = self._kind_of_call()
         planned = {site for block in self.plan.blocks for site in block.sites}
         if key is not None and planned <= latents and not _form_families(latents):
+            if len(self.guide._exits) >= MOST_EXITS:  # a counter among the scalars makes every call a new kind
+                self.guide._exits.clear()
             self.guide._exits[key] = frozenset(latents)
 
     def examples(self) -> dict[str, list[Tensor]]:
@@ -116,14 +122,19 @@ class GuidedRun(Messenger):
     def _kind_of_call(self) -> Any:
         """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows.
 
-        None if an argument is an object of unknown meaning.
+        Scalars are those among the arguments, flags in tensors included, and the attributes of the model or of the
+        object whose method it is. None if an argument is an object of unknown meaning.
         """
         axes = {source.name: source.axis for source in self._sources()}
-        parts: list[Any] = [self.guide.training, getattr(self.guide.model, "training", None)]
+        model = poutine.unwrap(self.guide.model)
+        owner = getattr(getattr(model, "__self__", model), "__dict__", {})
+        parts: list[Any] = [self.guide.training]
+        parts += [(key, value) for key, value in owner.items() if isinstance(value, (bool, int, str))]
         for name, leaf in self.call.leaves.items():
             if isinstance(leaf, Tensor):
                 axis = axes.get(name)
-                parts.append((name, leaf.dtype, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
+                flag = leaf.item() if leaf.dim() == 0 and not leaf.is_floating_point() else None
+                parts.append((name, leaf.dtype, flag, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
             elif isinstance(leaf, (int, float, str, type(None))):
                 parts.append((name, type(leaf), leaf))
             else:
@@ -355,5 +366,5 @@ def _form_families(names: Any) -> bool:
 
 
 def part_key(name: str) -> str:
-    """Returns the name under which a block's modules are registered."""
-    return name.replace(".", "/")
+    """Returns the name under which a block's modules are registered; one that no attribute of a module has."""
+    return f"[{name.replace('.', '/')}]"

@@ -17,8 +17,10 @@ Prepare = str | None | Callable[[Tensor], Tensor]
 class Inputs(nn.Module):
     """The data of one block, prepared by what they are.
 
-    Counts are taken to log(1 + x), categories to one-hot columns, then everything but indicators is standardized;
-    NaN is filled by the mean and marked in a column of its own. The statistics are buffers.
+    Categories become one-hot columns, and unbounded counts log(1 + x). Then everything but indicators is centred, and
+    scaled: reals by the standard deviation of each column, counts by one standard deviation for all columns of an
+    argument, since a pixel or word that is rarely on has next to none of its own. NaN is filled by the mean and marked
+    in a column of its own. The statistics are buffers.
 
     Args:
         block: The block.
@@ -64,7 +66,10 @@ class Inputs(nn.Module):
         count = present.sum(0).clamp(min=1)
         mean = columns.nan_to_num(0.0).sum(0) / count
         spread = (torch.where(present, columns - mean, 0.0).square().sum(0) / count).sqrt()
-        free = self._indicators().to(mean.device)
+        shared, free = (marks.to(mean.device) for marks in (self._shared(), self._indicators()))
+        for group in range(1, len(self.block.sources) + 1):
+            if bool((shared == group).any()):
+                spread[shared == group] = spread[shared == group].square().mean().sqrt()
         flat = spread <= 1e-6 * (1 + mean.abs())
         self.shift = torch.where(free, 0.0, mean)
         self.scale = torch.where(free | flat, 1.0, spread)
@@ -88,6 +93,14 @@ class Inputs(nn.Module):
                     f"that hold NaN under a mask, or fill them: {source.name}.nan_to_num()."
                 )
         return _joined(columns)
+
+    def _shared(self) -> Tensor:
+        """Numbers the columns of each argument of counts from 1; 0 for columns with a scale of their own."""
+        marks: list[int] = []
+        for i, source in enumerate(self.block.sources):
+            own = _numel(source) if source.kind in ("count", "level") else 0
+            marks += [i + 1] * own + [0] * (width(source) - own)
+        return torch.tensor(marks, dtype=torch.long)
 
     def _indicators(self) -> Tensor:
         marks: list[bool] = []

@@ -98,6 +98,7 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     reasons = []
     with preserved(model, evaluating=True):
         held = HeldRun(model, call)
+        held.run()
         full = _sums(held.run())
         for way in ways:
             reason = _bias(way, held, full)

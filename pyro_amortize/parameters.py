@@ -111,7 +111,7 @@ def model_state(model: Callable[..., Any], names: Iterable[str]) -> dict[str, An
     """
     store = pyro.get_param_store()
     names = [name for name in names if name in store]
-    own = model.state_dict() if isinstance(model, nn.Module) else {}
+    own = _values(model) if isinstance(model, nn.Module) else {}
     owned = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
     modules, params = {}, {}
     for name in names:
@@ -120,12 +120,10 @@ def model_state(model: Callable[..., Any], names: Iterable[str]) -> dict[str, An
             continue
         if _DIVIDER in name:
             registered = module_from_param_with_module_name(name)
-            modules[registered] = dict(
-                _registered_module(model, registered, _shapes(store, names, registered)).state_dict()
-            )
+            modules[registered] = _values(_registered_module(model, registered, _shapes(store, names, registered)))
         else:
             params[name] = {"value": value.detach().clone(), "constraint": _encode(name, store._constraints[name])}
-    return {"own": dict(own), "modules": modules, "params": params}
+    return {"own": own, "modules": modules, "params": params}
 
 
 def load_model_state(model: Callable[..., Any], state: dict[str, Any]) -> None:
@@ -144,6 +142,10 @@ def load_model_state(model: Callable[..., Any], state: dict[str, Any]) -> None:
             if name in store:
                 del store[name]
             store.setdefault(name, torch.distributions.transform_to(constraint)(param["value"]), constraint)
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
 
 
 def _shapes(store: Any, names: Iterable[str], registered: str) -> dict[str, torch.Size]:

@@ -192,6 +192,8 @@ def build_plan(
     grouped: dict[str, list[Site]] = {}
     for site in latents:
         plate = _data_plate(facts, site, latents, inputs)
+        if plate is not None and {site.name, plate} & tables:
+            _refuse_unknown_rows(facts, site, plate)
         if plate is None or {site.name, plate} & tables:
             blocks.append(_block(facts, site.name, [site], (), None))
         else:
@@ -252,6 +254,17 @@ def _refuse_unsupported(facts: Structure, latents: list[Site]) -> None:
                 f"(plate '{site.plates[0]}'), an indexed group, which is not supported yet. Guide '{site.name}' by "
                 f"AutoNormal(poutine.block(model, expose=['{site.name}'])) in an AutoGuideList."
             )
+
+
+def _refuse_unknown_rows(facts: Structure, site: Site, plate: str) -> None:
+    """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""
+    given = [source.name for source in facts.sources[plate] if source.axis is not None and not source.indexed]
+    if facts.plates[plate].at_random and given:
+        raise ValueError(
+            f"plan_amortization: '{site.name}' has a table, but which rows of plate '{plate}' the minibatch "
+            f"'{given[0]}' holds is not said: the plate draws indices of its own. Say it, "
+            f"pyro.plate('{plate}', {facts.plates[plate].full_size}, subsample=indices), or use an encoder."
+        )
 
 
 def _holds_data(facts: Structure, plate: str, latents: list[Site]) -> bool:

@@ -43,6 +43,7 @@ class HeldRun(Messenger):
         self.call = call
         self.values: dict[str, Tensor] = {}
         self.indices: dict[str, Any] = {}
+        self.drawn: set[str] = set()
         self.plate_dims: dict[str, dict[str, int]] = {}
         self._latents: dict[str, Tensor] = {}
         self._observed: dict[str, Tensor] = {}
@@ -77,6 +78,7 @@ class HeldRun(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
+            self.drawn |= {name} if msg["value"] is None else set()
             msg["value"] = self.indices.get(name, msg["value"])
         elif msg["is_observed"]:
             msg["value"] = self._observed.get(name, msg["value"])
@@ -125,6 +127,7 @@ class _Examination:
     noise: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.held.run()  # draws the latents; from here on the random state runs alike
         self.base = self.held.run()
         self.sample_sites = {n: s for n, s in self.base.nodes.items() if s["type"] == "sample"}
         self.plates = {}
@@ -135,9 +138,9 @@ class _Examination:
                         f"plan_amortization: site '{name}' stands in the sequential plate '{frame.name}'. Make the "
                         f"plate vectorized: 'with pyro.plate({frame.name!r}, ...):' around '{name}'."
                     )
-                self.plates[frame.name] = Plate(
-                    frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size)
-                )
+                size, full_size = int(frame.size), int(frame.full_size or frame.size)
+                at_random = size < full_size and frame.name in self.held.drawn
+                self.plates[frame.name] = Plate(frame.name, frame.dim, size, full_size, at_random)
         self.factors = {
             name: site
             for name, site in self.sample_sites.items()
@@ -264,7 +267,7 @@ class _Examination:
     def _sources(self, plate: Plate) -> tuple[list[Source], list[str]]:
         members = self._members(plate)
         found, indistinct = [], []
-        explained: set[str] = set()
+        explained = {s for s in members if plate.size == 1 and self._is_argument(s)}  # one row tells nothing
         for name, leaf in self.held.call.tensors.items():
             if self._is_index(leaf, plate):
                 continue
@@ -321,12 +324,14 @@ class _Examination:
         positions = {int(j): p for p, j in enumerate(picked)} if full else {}
         reaches: set[str] = set()
         touched: set[str] = set()
-        everywhere = leads = True
+        everywhere = swaps = True
         couples = False
         indexed = full and subsampled
-        differs = False
-        for target, origin in _distinct_pairs(rows, list(positions) if indexed else None):
-            differs = True
+        differs = bool((_flat(rows) != _flat(rows)[:1]).any())
+        matter = self._rows_that_matter(name, leaf, axis, plate, members) if differs else torch.arange(plate.size)
+        touched |= self._values_moved(members) if differs else set()
+        targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
+        for target, origin in _distinct_pairs(rows, targets):
             copy = leaf.clone()
             copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else ~rows[target]
             moved = self._changed(leaves={name: copy})
@@ -346,11 +351,11 @@ class _Examination:
                 if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
                     indexed, place = True, positions[target]
                 couples = couples or int(where.sum()) > int(bool(where[place]))
-                leads = leads and bool(distance[place] > 3 * distance.median())
             if any(bool(m.any()) for n, m in moved.items() if n not in members):
                 couples = couples or bool(reaches)
-        # A shared argument, or a wrong axis, moves all rows alike; one that is standardized moves its own row most.
-        if not reaches or (everywhere and not leads and plate.size > 2):
+            swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, members)
+        # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
+        if not reaches or (everywhere and not swaps and plate.size > 2):
             return None, differs, touched
         kept = rows if not indexed else rows[picked.to(rows.device)]
         feeds = next((s for s in members if self._is_value(kept, s, plate)), None)
@@ -370,6 +375,32 @@ class _Examination:
             _has_nan(leaf),
         )
         return source, differs, touched
+
+    def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, members: list[str]) -> Tensor:
+        """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
+        moved = self._changed(leaves={name: leaf.roll(1, axis)})
+        if moved is None:
+            return torch.arange(plate.size)
+        distance = torch.stack([self._rows(moved[site].cpu(), plate) for site in members]).sum(0)
+        return distance.nonzero().flatten()
+
+    def _swap_is_local(
+        self, name: str, leaf: Tensor, axis: int, j: int, k: int | None, plate: Plate, members: list[str]
+    ) -> bool:
+        """Swaps two rows of an argument, which changes no sum over rows; tells whether two rows of the plate moved."""
+        if k is None:
+            return False
+        copy = leaf.clone()
+        copy.movedim(axis, 0)[[j, k]] = leaf.movedim(axis, 0)[[k, j]]
+        moved = self._changed(leaves={name: copy})
+        if moved is None:
+            return False
+        distance = torch.stack([self._rows(moved[site].cpu(), plate) for site in members]).sum(0)
+        return 0 < int((distance > 1e-4 * distance.max()).sum()) <= 2
+
+    def _is_argument(self, name: str) -> bool:
+        value = self.factors[name]["value"].flatten()
+        return any(torch.equal(value, leaf.flatten()) for leaf in self.held.call.tensors.values())
 
     def _feeds_equal_rows(self, leaf: Tensor, name: str) -> bool:
         value = self.factors[name]["value"]
@@ -446,22 +477,26 @@ def _row_over(value: Tensor, axis: int, target: int, origin: int) -> Tensor:
     return copy
 
 
-def _distinct_pairs(rows: Tensor, allowed: list[int] | None, count: int = 3) -> Iterator[tuple[int, int | None]]:
-    """Yields up to ``count`` pairs (target, origin) of rows that differ, targets among those allowed.
+def _distinct_pairs(rows: Tensor, targets: list[int], count: int = 3) -> Iterator[tuple[int, int | None]]:
+    """Yields up to ``count`` pairs (target, origin) of rows that differ.
 
     Where all rows of a mask are equal the origin is None: the target is to be flipped.
     """
-    flat = torch.nan_to_num(rows.reshape(len(rows), -1).to(torch.float64), nan=1.2345e-67)
-    targets = torch.tensor(allowed) if allowed is not None else torch.arange(len(rows))
+    flat = _flat(rows)
     torch.manual_seed(2)
     found = 0
-    for target in targets[torch.randperm(len(targets))][: 8 * count].tolist():
+    for target in [targets[i] for i in torch.randperm(len(targets))[: 8 * count]]:
         others = (flat != flat[target]).any(-1).nonzero().flatten()
         if len(others) or rows.dtype == torch.bool:
             yield target, int(others[torch.randint(len(others), ())]) if len(others) else None
             found += 1
         if found == count:
             return
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Rows as vectors of numbers that can be compared, NaN too."""
+    return torch.nan_to_num(rows.reshape(len(rows), -1).to(torch.float64), nan=1.2345e-67)
 
 
 def _has_nan(value: Tensor) -> bool:
@@ -490,4 +525,6 @@ def _kind(fn: Any) -> tuple[str, int]:
     support = fn.support
     if type(support).__name__ in ("_Boolean", "_OneHot"):
         return "binary", 0
-    return ("count" if support.is_discrete else "real"), 0
+    if not support.is_discrete:
+        return "real", 0
+    return ("level" if hasattr(support, "upper_bound") else "count"), 0

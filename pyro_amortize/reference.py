@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import Subsample, can_vectorize, covering
+from pyro_amortize.densities import Subsample, covering, vectorizing
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
@@ -163,7 +163,7 @@ def fit_optimum(
             num_particles=num_particles,
             seed=seed,
             progress=progress,
-            vectorize_particles=can_vectorize(conditioned, optimum, args, kwargs),
+            max_plate_nesting=vectorizing(conditioned, optimum, args, kwargs),
         )
         return train(conditioned, optimum, args, kwargs, options, "fit_optimum", held=held, train_model=False)
 
@@ -309,7 +309,8 @@ def _start(
             base = found[0]
             axis = frame.dim - (base.loc.dim() - len(site["fn"].batch_shape))
             moments = [value.movedim(axis, 0).reshape(len(indices), -1).to(values) for value in (base.loc, base.scale)]
-            values.data[indices] = optimum.family.parameters(*moments)
+            with torch.no_grad():
+                values[indices] = optimum.family.parameters(*moments)
 
 
 def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

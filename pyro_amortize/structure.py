@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Plate:
-    """A vectorized plate as the example call had it: ``size`` elements of ``full_size``."""
+    """A vectorized plate as the example call had it: ``size`` elements of ``full_size``, drawn at random or given."""
 
     name: str
     dim: int
     size: int
     full_size: int
+    at_random: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Site:
         couples: Whether one element of this latent moves the densities of other elements of its plates.
         points: Sites of other plates of which each row depends on some elements of this latent only.
         fixed: Whether it has no free continuous value: a ``Delta``, or discrete.
-        kind: What its values are: "real", "count", "category" or "binary"; ``categories`` counts them.
+        kind: What its values are: "real", "count", "level" (a count with an upper bound), "category" or "binary";
+            ``categories`` counts them.
     """
 
     name: str

@@ -10,6 +10,7 @@ from models import CASES, SIGMA, TAU, base
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_mean, init_to_sample, init_to_value
+from pyro.infer.reparam import LocScaleReparam
 from pyro.optim import Adam, ClippedAdam
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
@@ -185,7 +186,9 @@ def test_one_site_mean_field_the_others_amortized():
 
 
 def test_inputs_from_a_function():
-    model, guide, args, kwargs = guide_of("covariates_in_likelihood", inputs=lambda c, y, unused: torch.stack([c, y], -1))
+    model, guide, args, kwargs = guide_of(
+        "covariates_in_likelihood", inputs=lambda c, y, unused: torch.stack([c, y], -1)
+    )
     assert guide.plan.blocks[0].features == 2
     SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO()).step(*args, **kwargs)
     small = [value[:3] for value in args]
@@ -235,9 +238,7 @@ def test_a_linear_encoder_learns_an_exact_posterior(name):
     x = base(1) * 2**0.5
     model = case.make()
     guide = AutoAmortizedNormal(model, encoder=MLP(()))
-    optimizer = pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.99}
-    )
+    optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.99})
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1))
     for _ in range(500):
         svi.step(x)
@@ -255,9 +256,7 @@ def test_the_linear_model_reaches_its_mean_field_optimum():
     x = base(1) * (TAU**2 + SIGMA**2) ** 0.5
     model = case.make()
     guide = AutoAmortizedNormal(model, encoder=MLP(()))
-    optimizer = pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.995}
-    )
+    optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.995})
     svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
     for _ in range(1200):
         svi.step(x)
@@ -355,6 +354,28 @@ def test_names_in_the_param_store_are_its_own():
     assert len(names) == len(set(names)) == 3 * len(list(guides[0].parameters()))
 
 
+@pytest.mark.parametrize("name", ["items", "values", "type", "children", "half", "my.plate", "a/b", "z[0]"])
+def test_sites_and_plates_may_have_any_name(name, tmp_path):
+    def by_site(x):
+        theta = pyro.sample(name, dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    def by_plate(x):
+        with pyro.plate(name, len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = base(1)[:9]
+    for program in (by_site, by_plate):
+        guide = AutoAmortizedNormal(program, encoder=Constant())
+        SVI(program, guide, Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+        guide.save(tmp_path / "guide.pt")
+        loaded = AutoAmortizedNormal.load(tmp_path / "guide.pt", program)
+        (site,) = guide.median(x)
+        assert torch.equal(loaded.median(x)[site], guide.median(x)[site])
+
+
 def test_training_survives_a_cleared_param_store():
     model, guide, (x,), _ = guide_of("linear")
     SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO()).step(x)
@@ -365,8 +386,8 @@ def test_training_survives_a_cleared_param_store():
 
 
 def test_reparameterized_models():
-    model = poutine.reparam(CASES["covariates_in_prior"].make(), {"z": pyro.infer.reparam.LocScaleReparam(0.0)})
     args, _ = CASES["covariates_in_prior"].example()
+    model = poutine.reparam(CASES["covariates_in_prior"].make(), {"z": LocScaleReparam(0.0)})
     guide = AutoAmortizedNormal(model)
     svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
     assert torch.isfinite(torch.tensor([svi.step(*args) for _ in range(3)])).all()
@@ -430,7 +451,7 @@ def test_a_loaded_guide_trains_on(tmp_path):
     assert all(bool((old != new).any()) for old, new in zip(before, loaded.parameters(), strict=True))
 
 
-def test_optimizers_keep_their_state_over_a_state_dict_round_trip():
+def test_loading_a_state_dict_keeps_the_parameters_that_an_optimizer_holds():
     model, guide, (x,), _ = guide_of("linear")
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
     elbo = Trace_ELBO()

@@ -40,6 +40,27 @@ def test_counts_are_taken_to_log1p():
     torch.testing.assert_close(features[:, 0], (log - log.mean()) / log.std(unbiased=False))
 
 
+@pytest.mark.parametrize("kind", ["count", "level"])
+def test_counts_of_one_argument_share_a_scale(kind):
+    """A pixel that is on once in fifty rows is not dozens of standard deviations away in new rows."""
+    x = torch.randint(0, 17, (50, 2))
+    rare = torch.zeros(50, 1, dtype=torch.long)
+    rare[7] = 1
+    new = torch.full((1, 3), 16)
+    features = prepared([source(shape=(3,), kind=kind)], [torch.cat([x, rare], 1)], new=[new])
+    assert features.abs().max() < 5
+    other = torch.randn(50, dtype=DTYPE)
+    beside = prepared([source(shape=(3,), kind=kind), source("y")], [torch.cat([x, rare], 1), other])
+    torch.testing.assert_close(beside[:, 3].std(unbiased=False), torch.ones((), dtype=DTYPE))
+
+
+def test_levels_are_not_bent():
+    x = torch.randint(0, 17, (50,))
+    features = prepared([source(kind="level")], [x])
+    plain = x.to(DTYPE)
+    torch.testing.assert_close(features[:, 0], (plain - plain.mean()) / plain.std(unbiased=False))
+
+
 def test_categories_become_one_hot():
     x = torch.tensor([[0, 2], [1, 1], [2, 2]])
     s = source(shape=(2,), kind="category", categories=3)

@@ -138,13 +138,10 @@ class TestLinear:
 
 
 class TestPPCA:
-    @pytest.fixture(scope="class")
-    def data(self):
+    def test_diagonal_gap_and_evidence(self):
         torch.manual_seed(0)
         z = torch.randn(100, 3, dtype=torch.float64)
-        return z @ W.T + math.sqrt(0.5) * torch.randn(100, 8, dtype=torch.float64)
-
-    def test_diagonal_gap_and_evidence(self, data):
+        data = z @ W.T + math.sqrt(0.5) * torch.randn(100, 8, dtype=torch.float64)
         guide = AutoAmortizedNormal(ppca, encoder=MLP(()))
         fit_svi(ppca, guide, data, seed=0, progress=False)
         report = amortization_gap(ppca, guide, data, progress=False)

@@ -168,6 +168,16 @@ class TestOptimum:
         assert float(report.given["theta"]) == pytest.approx(0.3)
         assert set(fit.guide.posterior(x).mean) == {"z", "rate"}
 
+    def test_starts_from_the_encoder_s_answer(self):
+        x = torch.randn(20, 2)
+        guide = AutoAmortizedNormal(self.model)
+        fit_svi(self.model, guide, x, num_steps=100, lr=0.05, progress=False)
+        fit = fit_optimum(self.model, guide, x, num_steps=1, lr=1e-9, progress=False)
+        start, answer = fit.guide.posterior(x), guide.posterior(x)
+        for name in ("z", "rate"):
+            torch.testing.assert_close(start.median[name], answer.median[name])
+            torch.testing.assert_close(start.stddev[name], answer.stddev[name])
+
     def test_given_names_no_global(self):
         x = torch.randn(20, 2)
         guide = AutoAmortizedNormal(self.model)

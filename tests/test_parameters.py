@@ -1,0 +1,280 @@
+"""A model's own parameters: left as found, and carried along."""
+
+import pyro
+import pytest
+import torch
+from models import VAE, Module
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_amortize import AutoAmortizedNormal
+from pyro_amortize.parameters import load_model_state, model_state, preserved
+
+X = torch.linspace(-1, 1, 32).reshape(8, 4)
+
+
+def trained_vae():
+    vae = VAE()
+    guide = AutoAmortizedNormal(vae.model)
+    svi = SVI(vae.model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(X)
+    return vae, guide
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def random_states():
+    states = pyro.util.get_rng_state()
+    return states["torch"].tolist(), states["random"], str(states["numpy"])
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# preserved
+
+
+def test_random_states_come_back():
+    before = random_states()
+    with preserved():
+        torch.randn(3)
+        pyro.set_rng_seed(99)
+        assert random_states() != before
+    assert random_states() == before
+
+
+def test_the_store_is_seen_as_it_is_and_comes_back():
+    fitted = pyro.param("w", torch.tensor(5.13))
+    with preserved():
+        assert pyro.param("w", torch.tensor(0.0)).item() == pytest.approx(5.13)
+        pyro.param("new", torch.tensor(1.0))
+        del pyro.get_param_store()["w"]
+    assert list(pyro.get_param_store()) == ["w"]
+    assert pyro.param("w") is fitted
+
+
+def test_constraints_of_the_store_come_back():
+    pyro.param("s", torch.tensor(2.0), constraint=constraints.positive)
+    with preserved():
+        pyro.clear_param_store()
+        pyro.param("s", torch.tensor(-3.0))
+    assert pyro.param("s").item() == pytest.approx(2.0)
+
+
+def test_buffers_modes_and_lazy_parameters_come_back():
+    vae = VAE()
+    before = snapshot(vae)
+    with preserved(vae):
+        vae.decoder(torch.randn(8, 2))
+        vae.eval()
+    assert equal(before, snapshot(vae))
+    assert all(module.training for module in vae.modules())
+
+
+def test_modules_that_are_only_met_inside_come_back_too():
+    hidden = nn.BatchNorm1d(4)
+    before = snapshot(hidden)
+    with preserved():
+        hidden(X)
+    assert equal(before, snapshot(hidden))
+
+
+def test_eval_mode_inside_and_training_after():
+    vae = VAE()
+    vae.decoder[3].eval()
+    with preserved(vae, evaluating=True):
+        assert not vae.decoder[1].training
+    assert vae.decoder[1].training
+    assert not vae.decoder[3].training
+
+
+def test_modules_met_inside_run_in_eval_mode():
+    dropout = nn.Dropout(0.5)
+    with preserved(evaluating=True):
+        assert torch.equal(dropout(torch.ones(100)), torch.ones(100))
+    assert dropout.training
+
+
+def test_lazily_made_pyro_parameters_are_taken_back():
+    class Lazy(PyroModule):
+        @PyroParam(constraint=constraints.positive)
+        def w(self):
+            return torch.rand(3)
+
+        def forward(self):
+            return self.w
+
+    lazy = Lazy()
+    with preserved(lazy):
+        lazy()
+        assert list(lazy.state_dict()) == ["w_unconstrained"]
+    assert list(lazy.state_dict()) == []
+    assert lazy().shape == (3,)
+
+
+def test_announced_tensors_are_put_back_with_their_gradients():
+    weight = nn.Parameter(torch.ones(3))
+    gradient = weight.grad = torch.full((3,), 2.0)
+    frozen = torch.zeros(2)
+    with preserved() as record:
+        record.keep(weight)
+        record.keep(frozen)
+        with torch.no_grad():
+            weight.add_(1)
+        weight.grad = None
+        frozen.requires_grad_()
+    assert weight.tolist() == [1, 1, 1]
+    assert weight.grad is gradient
+    assert not frozen.requires_grad
+
+
+def test_everything_comes_back_after_an_error():
+    vae = VAE()
+    before, rng = snapshot(vae), random_states()
+
+    def fails():
+        with preserved(vae, evaluating=True):
+            vae.decoder.train()(torch.randn(8, 2))
+            pyro.param("new", torch.tensor(1.0))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails()
+    assert equal(before, snapshot(vae))
+    assert vae.training
+    assert "new" not in pyro.get_param_store()
+    assert random_states() == rng
+
+
+def test_blocks_nest():
+    pyro.param("w", torch.tensor(1.0))
+    with preserved():
+        pyro.param("outer", torch.tensor(1.0))
+        with preserved():
+            pyro.param("inner", torch.tensor(1.0))
+        assert set(pyro.get_param_store()) == {"w", "outer"}
+    assert set(pyro.get_param_store()) == {"w"}
+
+
+# model_state
+
+
+def test_a_modules_whole_state():
+    model = Module()
+    state = model_state(model, [])
+    assert equal(dict(state["own"]), snapshot(model))
+
+
+def test_registered_modules_and_constrained_params(tmp_path):
+    vae, guide = trained_vae()
+    state = model_state(vae.model, guide.plan.params)
+    torch.save(state, tmp_path / "state.pt")
+    scale = pyro.param("scale").detach().clone()
+    before = snapshot(vae)
+    assert scale != 1.0
+    pyro.clear_param_store()
+    fresh = VAE()
+    load_model_state(fresh.model, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert equal(before, snapshot(fresh))
+    torch.testing.assert_close(pyro.param("scale"), scale)
+    assert str(pyro.get_param_store()._constraints["scale"]) == str(constraints.positive)
+
+
+def test_loading_writes_into_the_live_tensors_of_the_store():
+    vae, guide = trained_vae()
+    state = model_state(vae.model, guide.plan.params)
+    live = pyro.get_param_store()._params["scale"]
+    with torch.no_grad():
+        live.add_(1.0)
+    load_model_state(vae.model, state)
+    assert pyro.get_param_store()._params["scale"] is live
+    torch.testing.assert_close(live.detach(), state["params"]["scale"]["value"])
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        constraints.positive,
+        constraints.unit_interval,
+        constraints.interval(-1.0, 3.0),
+        constraints.greater_than(2.0),
+        constraints.independent(constraints.positive, 1),
+        constraints.simplex,
+        constraints.lower_cholesky,
+    ],
+    ids=str,
+)
+def test_constraints_as_plain_data(constraint, tmp_path):
+    value = torch.distributions.transform_to(constraint)(torch.randn(3, 3))
+
+    def model():
+        pyro.param("p", value, constraint=constraint)
+
+    model()
+    before = pyro.param("p").detach().clone()
+    torch.save(model_state(model, ["p"]), tmp_path / "state.pt")
+    pyro.clear_param_store()
+    load_model_state(model, torch.load(tmp_path / "state.pt", weights_only=True))
+    torch.testing.assert_close(pyro.param("p").detach(), before)
+    assert bool(constraint.check(pyro.param("p")).all())
+
+
+def test_a_module_in_a_closure_is_found():
+    net = nn.Linear(2, 3)
+
+    def model():
+        pyro.module("decoder", net)
+
+    model()
+    names = list(pyro.get_param_store())
+    state = model_state(model, names)
+    before = snapshot(net)
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    load_model_state(model, state)
+    assert equal(before, snapshot(net))
+
+
+def test_a_module_below_handlers_is_found():
+    vae = VAE()
+    model = poutine.scale(vae.model, scale=0.5)
+    poutine.trace(model).get_trace(X)
+    state = model_state(model, list(pyro.get_param_store()))
+    assert equal(dict(state["modules"]["decoder"]), snapshot(vae.decoder))
+
+
+def test_modules_of_equal_shape_are_told_apart_by_name():
+    class Twins:
+        def __init__(self):
+            self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def model(self):
+            pyro.module("left", self.left)
+            pyro.module("right", self.right)
+
+    twins = Twins()
+    twins.model()
+    state = model_state(twins.model, list(pyro.get_param_store()))
+    assert equal(dict(state["modules"]["left"]), snapshot(twins.left))
+    assert equal(dict(state["modules"]["right"]), snapshot(twins.right))
+
+
+def test_a_module_that_cannot_be_told_apart_is_refused():
+    nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    first, second = nets
+
+    def model():
+        pyro.module("decoder", first)
+        return second
+
+    model()
+    with pytest.raises(NotImplementedError, match=r"pyro.module\('decoder', ...\).*self.decoder"):
+        model_state(model, list(pyro.get_param_store()))
