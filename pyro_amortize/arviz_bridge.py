@@ -40,7 +40,7 @@ def _each(diagnostic: Any, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(np.asarray(found[f"site_{i}"])) for i, name in enumerate(samples)}
 
 
-def psis(log_weights: Tensor, flat: float = 1.05) -> tuple[Tensor, Tensor]:
+def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
     """Smooths the tails of importance weights by a generalized Pareto distribution.
 
     Args:

@@ -18,7 +18,8 @@ from pyro_amortize.densities import log_joint
 from pyro_amortize.parameters import preserved
 from pyro_amortize.posterior import normal_underneath
 
-GOOD_ENOUGH = 0.4
+GOOD_ENOUGH = 0.1
+"""k-hat above which q's tails are taken to be too thin for a proposal; estimates of it scatter by a tenth or two."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Evidence:
     k_hat: Tensor
 
 
-def estimate_evidence(log_ratio: Tensor, flat: float = 1.05) -> Evidence:
+def estimate_evidence(log_ratio: Tensor, flat: float = 1.2) -> Evidence:
     """Estimates log p(x_n) as the log mean of Pareto-smoothed importance weights.
 
     Args:
