@@ -24,7 +24,7 @@ test-slow: $(STAMP)
 
 # The newest Python at hand with the newest torch and ArviZ; several gigabytes.
 test-newest:
-	@for python in $(PYTHON) python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python3); do \
+	@for python in $(PYTHON) python3.13 python3.12 $(foreach v,3.13 3.12,$(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python3)); do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
 	    $(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null PYTHON=$$python .venv-newest/.installed && \
 	    OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n 2; exit $$?; \
