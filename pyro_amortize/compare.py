@@ -89,13 +89,14 @@ def compare_inference(
     """Fits the same model and data by several methods, and sets their ELBOs, times and moments side by side.
 
     All variational fits have the same optimizer and schedule. The model's own parameters are those that the first
-    fit learns on a copy (if a fit or a trained guide comes first, as they are); the others hold them.
+    fit learns on a copy (if a fit or a trained guide comes first, as they are); the others hold them. In the end they
+    are put back, so what ``fits`` holds was trained for parameters that the model may no longer have.
 
     Main arguments:
         model: A Pyro model.
         args: Its positional arguments.
-        methods: Among "amortized", "mean_field" and "mcmc"; or a dict from labels to these, to guides (one without
-            parameters yet is trained) or to fits.
+        methods: Among "amortized", "mean_field" and "mcmc"; or a dict from labels to these, to guides (a
+            generated one without parameters yet is trained, others are judged as they are) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
         mcmc: Options of :func:`~pyro_amortize.reference.run_mcmc`.
         model_kwargs: The model's keyword arguments.

@@ -84,6 +84,13 @@ class AmortizedModel(PyroModule):
             self._model[0].train(mode)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        model = self.__dict__.get("_model", (None,))[0]
+        if isinstance(model, nn.Module):
+            setattr(model, name, value)
+        if not isinstance(model, nn.Module) or name in self.__dict__:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         model = self.__dict__.get("_model", (None,))[0]
         if model is not None and name not in self.__dict__ and hasattr(model, name):

@@ -93,6 +93,7 @@ def log_densities(
         parts, order = [], []
         if plate not in evaluation.frames:
             raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(evaluation.frames)}.")
+        evaluation.refuse_other_plates(plate)
         for indices, new in covering(evaluation.frames[plate]):
             with Subsample(plate, indices):
                 part = evaluation.draws(plate, num_draws, seed)
@@ -131,6 +132,16 @@ def log_joint(
         return _Evaluation(model, guide, args, kwargs).at(values, plate)
 
 
+def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str) -> None:
+    """Refuses a guide that names a plate of the model otherwise.
+
+    Raises:
+        ValueError: It does, for some latent in the plate.
+    """
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        _Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
+
+
 def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Returns the depth of the model's plates if draws made in one run are what a run each gives, else None."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
@@ -152,11 +163,30 @@ class _Evaluation:
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site_is_subsample(site)
         }
+        self.guided = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        self.latents = [site for name, site in replayed.iter_stochastic_nodes() if not site_is_subsample(site)]
+        for site in self.latents:
+            if site["name"] not in self.guided:
+                raise ValueError(
+                    f"log_densities: the guide does not sample '{site['name']}', a latent of the model, so it has no "
+                    f"ELBO. Add pyro.sample('{site['name']}', ...) to the guide."
+                )
         sites = [site for site in replayed.nodes.values() if site["type"] == "sample"]
         self.frames = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.vectorized}
         self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
         self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
         self.vectorized: bool | None = None
+
+    def refuse_other_plates(self, plate: str) -> None:
+        """Refuses a guide that names the plate around a latent otherwise than the model does."""
+        for site in self.latents:
+            theirs, ours = ([f.name for f in s["cond_indep_stack"]] for s in (site, self.guided[site["name"]]))
+            if plate in theirs and plate not in ours:
+                raise ValueError(
+                    f"log_densities: site '{site['name']}' stands in plate '{plate}' of the model, but in the plates "
+                    f"{ours} of the guide, so its density cannot be told by datum. Write "
+                    f"'with pyro.plate({plate!r}, ...):' around it in the guide."
+                )
 
     def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
         if self.vectorized is None:
@@ -244,7 +274,7 @@ class _Evaluation:
         """Tries whether two draws in one run have the densities that they have in a run each."""
         try:
             model_trace, guide_trace = self._traces(2)
-            together = self._sum(model_trace, plate, 2)
+            together, log_q = self._sum(model_trace, plate, 2), self._sum(guide_trace, plate, 2)
             for k in range(2):
                 values = {}
                 for name, site in guide_trace.nodes.items():
@@ -252,9 +282,11 @@ class _Evaluation:
                         full = (2, *site["value"].shape[1:])
                         values[name] = site["value"].expand(full)[k].reshape(self.shapes[name])
                 alone = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.args, **self.kwargs)
-                log_p = self._sum(prune_subsample_sites(alone), plate, None)[0]
-                if not torch.allclose(together[k], log_p, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
-                    return False
+                guided = poutine.trace(poutine.condition(self.guide, data=values)).get_trace(*self.args, **self.kwargs)
+                for side_by_side, trace in ((together, alone), (log_q, guided)):
+                    one = self._sum(prune_subsample_sites(trace), plate, None)[0]
+                    if not torch.allclose(side_by_side[k], one, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
+                        return False
         except (ValueError, RuntimeError, IndexError, KeyError):
             return False
         return True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import log_densities
+from pyro_amortize.densities import log_densities, refuse_other_plates
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
 from pyro_amortize.parameters import Preserved
@@ -335,6 +335,8 @@ class _Batches:
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.size = options.batch_size
         self.way = _minibatches(model, args, kwargs, options)
+        if self.way is not None:
+            refuse_other_plates(model, guide, args, kwargs, self.way.plate.name)
         self.order = torch.empty(0, dtype=torch.long)
 
     @contextmanager

@@ -40,7 +40,7 @@ class GapReport:
         per_datum: A row a datum: ``elbo``, ``elbo_optimum``, ``log_evidence``, ``amortization_gap``,
             ``approximation_gap``, ``inference_gap``, each with its standard error in a column ``*_se``, and ``khat``
             of the importance weights behind the evidence. None where rows do not factorize given the globals.
-        totals: The same quantities over all data together, columns ``total`` and ``total_se``.
+        totals: The same quantities over these data together, columns ``total`` and ``total_se``.
         warnings: Reasons to doubt the report, and advice.
         given: Values at which the globals were held.
         optimum: The fit of q*; None where the guide's family is not known.
@@ -156,6 +156,9 @@ def amortization_gap(
     per = plate if plan.verdict.factorizes else None
     if per is None:
         warnings.append(f"no numbers per datum: {plan.verdict.reason}")
+    others = sorted({block.plates[0] for block in plan.blocks if block.amortized} - {plate})
+    if others:
+        warnings.append(f"only the data of plate '{plate}' are judged; those of {others} are not")
     optimum: SVIFit | None = None
     try:
         optimum = fit_optimum(
@@ -177,7 +180,7 @@ def amortization_gap(
     def log_ratio(other: Model) -> Tensor:
         fixed = poutine.condition(other, data=held)
         ratio = log_densities(conditioned, fixed, args, kwargs, plate=per, num_draws=num_draws, seed=seed).log_ratio
-        return ratio.to(torch.float64).reshape(num_draws, -1)
+        return ratio.to("cpu", torch.float64).reshape(num_draws, -1)
 
     encoded = log_ratio(guide)
     best = log_ratio(optimum.guide) if optimum is not None else None

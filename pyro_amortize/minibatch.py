@@ -133,7 +133,7 @@ def _bias(way: Minibatches, held: HeldRun, full: dict[str, Tensor]) -> str | Non
         except (ValueError, RuntimeError, IndexError) as error:
             return f"it does not run on some rows of plate '{plate.name}' ({str(error).splitlines()[0]})"
         for name, sums in _sums(trace).items():
-            total[name] = total.get(name, torch.zeros(2)) + sums * len(rows) / plate.size
+            total[name] = total.get(name, torch.zeros_like(sums)) + sums * len(rows) / plate.size
     for name, (log_joint, size) in full.items():
         if name not in total or not bool((total[name][0] - log_joint).abs() <= 2e-5 * (1 + size)):
             return (
@@ -145,4 +145,4 @@ def _bias(way: Minibatches, held: HeldRun, full: dict[str, Tensor]) -> str | Non
 
 def _picked(value: Tensor, name: str, held: HeldRun, plate: Plate, rows: Tensor) -> Tensor:
     dim = held.plate_dims.get(name, {}).get(plate.name)
-    return value if dim is None or value.shape[dim] == 1 else value.index_select(dim, rows)
+    return value if dim is None or value.shape[dim] == 1 else value.index_select(dim, rows.to(value.device))

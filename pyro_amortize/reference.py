@@ -271,7 +271,13 @@ def held_globals(
     missing = names - set(values)
     if missing:
         medians = _medians(guide, args, kwargs)
-        values.update({name: medians[name] for name in sorted(missing) if name in medians})
+        lacking = sorted(missing - set(medians))
+        if lacking:
+            raise ValueError(
+                f"amortization_gap: the guide has no median of '{lacking[0]}', a global latent of the model. Give its "
+                f"value: given={{'{lacking[0]}': ...}}."
+            )
+        values.update({name: medians[name] for name in sorted(missing)})
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -120,3 +120,14 @@ def test_a_class_is_refused():
 def test_no_model():
     with pytest.raises(TypeError, match="expected a Pyro model, got a int"):
         amortize(3)
+
+
+def test_setting_an_attribute_sets_the_model_s():
+    inner = Model()
+    model = amortize(inner)
+    model.label = "other"
+    model.decoder = nn.Linear(1, 3)
+    assert inner.label == "other"
+    assert inner.decoder is model.decoder
+    model.eval()
+    assert not model.training

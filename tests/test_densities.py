@@ -90,3 +90,33 @@ def test_log_joint_at_given_latents():
 def test_unknown_plate():
     with pytest.raises(ValueError, match="no plate 'rows'.*data"):
         log_densities(model, guide, (X,), {}, plate="rows")
+
+
+def test_a_guide_that_lacks_a_latent_has_no_elbo():
+    with pytest.raises(ValueError, match=r"does not sample 'z'.*pyro.sample\('z'"):
+        log_densities(model, lambda x: None, (X,), {})
+
+
+def test_a_guide_that_names_the_plate_otherwise_is_refused():
+    def other(x):
+        with pyro.plate("batch", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.6))
+
+    with pytest.raises(ValueError, match=r"'z' stands in plate 'data'.*\['batch'\] of the guide"):
+        log_densities(model, other, (X,), {}, plate="data")
+    assert log_densities(model, other, (X,), {}, num_draws=10).log_ratio.isfinite().all()
+
+
+def test_a_guide_that_mixes_draws_is_run_draw_by_draw():
+    def mixing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("u", dist.Normal(3 * z.mean(), 0.5))
+
+    def two(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + u, 0.5), obs=x)
+
+    assert vectorizing(two, mixing, (X,), {}) is None
