@@ -196,7 +196,7 @@ class _Evaluation:
         pieces = []
         while num_draws > 0:
             count = min(chunk, num_draws)
-            pieces.append(self._run(plate, count) if self.vectorized else self._sequential(plate))
+            pieces.append(self._run(plate, count if self.vectorized else None))
             num_draws -= count
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
@@ -210,13 +210,9 @@ class _Evaluation:
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.kwargs)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
-    def _run(self, plate: str | None, count: int) -> tuple[Tensor, Tensor]:
+    def _run(self, plate: str | None, count: int | None) -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = self._traces(count)
         return self._sum(model_trace, plate, count), self._sum(guide_trace, plate, count)
-
-    def _sequential(self, plate: str | None) -> tuple[Tensor, Tensor]:
-        model_trace, guide_trace = self._traces(None)
-        return self._sum(model_trace, plate, None), self._sum(guide_trace, plate, None)
 
     def at(self, values: dict[str, Tensor], plate: str) -> Tensor:
         vectorized = self.can_vectorize(plate)

@@ -87,23 +87,17 @@ def robust_evidence(
             return None
         loc, scale = (torch.cat([getattr(site, what) for site in sites], -1) for what in ("loc", "scale"))
 
-        def log_ratio(values: Tensor, tail: Any) -> Tensor:
+        def weighted_draws(tail: Any) -> tuple[Tensor, Tensor]:
+            half = num_draws // 2
+            values = torch.cat([loc + scale * torch.randn(num_draws - half, *loc.shape).to(loc), tail.sample((half,))])
             latents, log_det = _to_sites(values, sites)
             log_p = log_joint(model, guide, args, kwargs, plate, latents).double() + log_det.double()
             own = dist.Normal(loc, scale).to_event(1).log_prob(values)
-            return log_p - (torch.logaddexp(own, tail.log_prob(values)).double() - math.log(2))
+            return values, log_p - (torch.logaddexp(own, tail.log_prob(values)).double() - math.log(2))
 
-        tail = dist.MultivariateStudentT(5.0, loc, torch.diag_embed(1.5 * scale))
-        for final in (False, True):
-            half = num_draws // 2
-            values = torch.cat([loc + scale * torch.randn(num_draws - half, *loc.shape).to(loc), tail.sample((half,))])
-            ratio = log_ratio(values, tail)
-            if final:
-                # The two halves are strata; side by side, their draws make one independent sequence.
-                pairs = torch.arange(2 * half).reshape(2, half).T.flatten()
-                return estimate_evidence(ratio[pairs], flat=4.0)
-            tail = _fitted(values, ratio, scale)
-    raise AssertionError
+        values, log_ratio = weighted_draws(dist.MultivariateStudentT(5.0, loc, torch.diag_embed(1.5 * scale)))
+        _, log_ratio = weighted_draws(_fitted(values, log_ratio, scale))
+    return estimate_evidence(log_ratio, flat=4.0)
 
 
 class _Local:
@@ -115,8 +109,8 @@ class _Local:
         assert found is not None
         base, self.transforms = found
         self.name = name
-        self.masked = site["mask"] not in (None, True) if not isinstance(site["mask"], Tensor) else True
-        self.masked = self.masked or _has_mask(fn) or any(f.size != f.full_size for f in site["cond_indep_stack"])
+        masked = site["mask"] is not None and site["mask"] is not True
+        self.masked = masked or _has_mask(fn) or any(f.size != f.full_size for f in site["cond_indep_stack"])
         frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
         self.event_dim = base.loc.dim() - len(fn.batch_shape)
         self.axis = frame.dim - self.event_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from pyro_amortize.structure import Site, Source, Structure
 
 FUNCTION = "inputs(...)"
 """Name of the source that a function of the user's own is."""
-
-Inputs = str | Callable[..., Any] | list[str] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class AmortizationPlan:
         left_to_model: Latents drawn from the model's own conditionals: no data depend on them, so the prior is exact.
         plates: Full size of every plate in the call that was planned from.
         params: Names of the model's own parameters in the param store.
-        sites: Every observed site that depends on a latent.
+        observed: Names of the observed sites.
     """
 
     blocks: tuple[Block, ...]
