@@ -2,7 +2,7 @@
 
 from pyro_amortize.compare import Comparison, compare_inference
 from pyro_amortize.decorator import amortize
-from pyro_amortize.encoders import MLP, Constant, Table
+from pyro_amortize.encoders import MLP, Constant, DeepSets, Table
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "Comparison",
     "Constant",
+    "DeepSets",
     "GapReport",
     "MCMCFit",
     "Posterior",

@@ -149,7 +149,7 @@ def amortization_gap(
     kwargs = model_kwargs or {}
     plan = plan_amortization(model, *args, **kwargs)
     sites = local_sites(plan)
-    plate = next(block.plates[0] for block in plan.blocks if block.amortized)
+    plate = next(block.plates[0] for block in plan.blocks if block.amortized and block.plates)
     held = held_globals(model, guide, args, kwargs, plan, given)
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
     warnings: list[str] = []

@@ -31,19 +31,21 @@ from pyro_amortize.calls import Call, Model, signature_of
 from pyro_amortize.encoders import (
     MLP,
     Constant,
+    DeepSets,
     Encoder,
     Heads,
     Rows,
     Table,
     decode_option,
     encode_option,
-    trunk_features,
+    gathered,
+    on_rows,
 )
 from pyro_amortize.families import FAMILIES
-from pyro_amortize.handler import GuidedRun, Replicate, part_key
-from pyro_amortize.inputs import Inputs, Prepare
+from pyro_amortize.handler import GuidedRun, Reading, Replicate, part_key
+from pyro_amortize.inputs import Preparation, Prepare
 from pyro_amortize.parameters import load_model_state, model_state, preserved
-from pyro_amortize.plan import AmortizationPlan, Block, build_plan
+from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.probes import examine
 from pyro_amortize.supports import bijection, init_to_center, is_delta
@@ -169,23 +171,23 @@ class AutoAmortized(AutoGuide):
         if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
             return
         facts = examine(self.model, args, kwargs)
-        tables, apart = self._choices(set(facts.sites) | set(facts.plates))
+        levels = {"/".join(site.plates) for site in facts.latents if site.plates}
+        tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels)
         plan = build_plan(facts, tables, apart, self.options["inputs"])
         self._refuse_misplaced(plan)
         run = GuidedRun(self, args, kwargs, {}, plan=plan)
         examples = run.examples()
-        data = [*Call(self.model, args, kwargs).tensors.values(), *(v for rows in examples.values() for v in rows)]
+        cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)
+        data = [*Call(self.model, args, kwargs).tensors.values(), *cells]
         floating = [value.dtype for value in data if value.is_floating_point()]
         self.dtype = floating[0] if floating else torch.get_default_dtype()
         device = data[0].device if data else torch.empty(()).device
-        blocks, preparations, features = [], nn.ModuleDict(), {}
+        blocks, preparations = [], nn.ModuleDict()
         for block in plan.blocks:
             if block.name in examples:
-                block, preparation = self._prepared(block, examples[block.name], device)
-                preparations[part_key(block.name)] = preparation
-                features[block.name] = preparation(examples[block.name], self.dtype)
+                block, preparations[part_key(block.name)] = self._prepared(block, examples[block.name], device)
             blocks.append(block)
-        self._build(replace(plan, blocks=tuple(blocks)), preparations, features, device)
+        self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
         trace = self._start(args, kwargs)
         run.learn_exit({name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)})
         self._versions = [p._version for p in self.parameters()]
@@ -310,7 +312,7 @@ class AutoAmortized(AutoGuide):
         preparations = nn.ModuleDict()
         for block in plan.blocks:
             if block.amortized:
-                preparations[part_key(block.name)] = Inputs(block, self.options["prepare"])  # type: ignore[arg-type]
+                preparations[part_key(block.name)] = Preparation(block.levels, self.options["prepare"])  # type: ignore[arg-type]
         self._build(plan, preparations, state["widths"], torch.device("cpu"))
         for preparation in preparations.values():
             preparation.to(self.dtype)
@@ -354,29 +356,36 @@ class AutoAmortized(AutoGuide):
             apart |= set(inputs)
         return frozenset(tables), frozenset(apart)
 
-    def _prepared(self, block: Block, rows: list[Tensor], device: torch.device) -> tuple[Block, Inputs]:
+    def _prepared(self, block: Block, reading: Reading, device: torch.device) -> tuple[Block, Preparation]:
         """Returns a block with the shapes that its data have, and the preparation that was measured on them."""
-        shapes = [tuple(value.shape[1:]) for value in rows]
-        sources = tuple(replace(s, shape=shape) for s, shape in zip(block.sources, shapes, strict=True))
-        preparation = Inputs(replace(block, sources=sources), self.options["prepare"]).to(device)  # type: ignore[arg-type]
-        preparation.measure(rows, self.dtype)
-        preparation.block = replace(preparation.block, features=preparation(rows, self.dtype).shape[-1])
-        return preparation.block, preparation
+        levels = []
+        for level, cells in zip(block.levels, reading.cells, strict=True):
+            if any(source.name == FUNCTION for source in level.sources):
+                shape = tuple(cells[0][0].shape[len(level.plates) :])
+                level = replace(level, sources=(replace(level.sources[0], shape=shape),))
+            levels.append(level)
+        preparation = Preparation(levels, self.options["prepare"]).to(device)  # type: ignore[arg-type]
+        preparation.measure(reading.cells, self.dtype)
+        widths = [0 if rows is None else rows.shape[-1] for rows in preparation(reading.cells, self.dtype)]
+        levels = [replace(level, width=width) for level, width in zip(levels, widths, strict=True)]
+        return replace(block, levels=tuple(levels), features=sum(widths)), preparation
 
     def _refuse_misplaced(self, plan: AmortizationPlan) -> None:
         encoder = self.options["encoder"]
         for key, value in encoder.items() if isinstance(encoder, dict) else ():
-            block = plan.block_of(key) or next((b for b in plan.blocks if key in b.plates and b.amortized), None)
+            block = plan.block_of(key) or next((b for b in plan.blocks if _is_of(key, b) and b.amortized), None)
             if not isinstance(value, Table) and (block is None or not block.amortized):
-                raise NotImplementedError(
-                    f"{type(self).__name__}: encoder={{'{key}': ...}}, but no rows of data inform '{key}'; amortizing "
-                    f"a global site is not supported yet. Leave it out: it has a table."
+                raise ValueError(
+                    f"{type(self).__name__}: encoder={{'{key}': ...}}, but no rows of data inform '{key}'. "
+                    f"Leave it out: it has a table."
                 )
 
     def _encoder_of(self, block: Block) -> Encoder:
         encoder = self.options["encoder"]
         if isinstance(encoder, dict):
-            encoder = next((encoder[key] for key in (block.name, *block.plates) if key in encoder), None)
+            found = [key for key in (block.name, *block.sites) if key in encoder]
+            found += [key for key in encoder if _is_of(key, block)]
+            encoder = encoder[found[0]] if found else None
         return MLP() if encoder is None else encoder  # type: ignore[return-value]
 
     def coder_of(self, block: Block) -> Any:
@@ -388,36 +397,48 @@ class AutoAmortized(AutoGuide):
         return self._modules["preparations"][part_key(block.name)]  # type: ignore[index]
 
     def _build(
-        self, plan: AmortizationPlan, preparations: nn.ModuleDict, features: dict[str, Any], device: torch.device
+        self,
+        plan: AmortizationPlan,
+        preparations: nn.ModuleDict,
+        widths: dict[str, int] | dict[str, Reading],
+        device: torch.device,
     ) -> None:
-        """Makes a coder for each block; ``features`` are example inputs of its trunk, or the width of its output."""
+        """Makes a coder for each block; ``widths`` are those of the trunks' output, or data to find them by."""
         coders = nn.ModuleDict()
         for block in plan.blocks:
-            widths = [self.family.per_dim * dim for dim in block.dims]
-            coder: nn.Module
+            sizes = [self.family.per_dim * dim for dim in block.dims]
             encoder = self._encoder_of(block)
             if not block.amortized:
-                coder = Rows(block.rows, widths).to(device, self.dtype)
+                coders[part_key(block.name)] = Rows(block.rows, sizes).to(device, self.dtype)
             elif isinstance(encoder, Constant):
-                coder = Rows(1, widths).to(device, self.dtype)
+                coders[part_key(block.name)] = Rows(1, sizes).to(device, self.dtype)
             else:
-                trunk = encoder if isinstance(encoder, nn.Module) else _made(encoder, block)
+                phis, in_features = _phis(block, encoder)
+                trunk = encoder if isinstance(encoder, nn.Module) else _made(encoder, block, in_features)
                 if trunk is not encoder:
                     trunk = trunk.to(device, self.dtype)
-                width = features[block.name]
-                if isinstance(width, Tensor):
-                    with preserved(trunk, evaluating=True), torch.no_grad():
-                        try:
-                            width = trunk_features(trunk, width).shape[-1]
-                        except ValueError as error:
-                            sites = ", ".join(f"'{site}'" for site in block.sites)
-                            raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
-                coder = Heads(trunk, width, widths)
+                phis.to(device, self.dtype)
+                width = widths[block.name]
+                if isinstance(width, Reading):
+                    width = self._trunk_width(block, trunk, phis, preparations[part_key(block.name)], width)
+                coder = Heads(phis, trunk, width, sizes)
                 coder.heads.to(device, self.dtype)
-            coders[part_key(block.name)] = coder
+                coders[part_key(block.name)] = coder
         self.coders, self.preparations = coders, preparations
         self.plan = plan
         self._exits = {}
+
+    def _trunk_width(
+        self, block: Block, trunk: nn.Module, phis: nn.ModuleDict, preparation: nn.Module, reading: Reading
+    ) -> int:
+        """Runs a trunk on example data; returns how many features it makes."""
+        with preserved(trunk, evaluating=True), torch.no_grad():
+            rows = gathered(phis, preparation(reading.cells, self.dtype), reading.present, reading.moves)
+            try:
+                return on_rows(trunk, reading.elements(rows)).shape[-1]
+            except ValueError as error:
+                sites = ", ".join(f"'{site}'" for site in block.sites)
+                raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
         """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the run of the model behind that."""
@@ -512,8 +533,27 @@ def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
     return init
 
 
-def _made(encoder: Any, block: Block) -> nn.Module:
-    module = encoder(block.features)
+def _is_of(key: str, block: Block) -> bool:
+    """Tells whether an option for a plate or level is for a block: of several plates, the innermost names it."""
+    return bool(block.plates) and key in (block.plates[-1], "/".join(block.plates))
+
+
+def _phis(block: Block, encoder: Any) -> tuple[nn.ModuleDict, int]:
+    """Makes the networks that run on rows before they are pooled; returns also how many features the trunk gets."""
+    sets = encoder if isinstance(encoder, DeepSets) else DeepSets()
+    phis, widths = nn.ModuleDict(), [level.width for level in block.levels]
+    for i, level in enumerate(block.levels[:-1]):
+        assert level.into is not None
+        handed = widths[i]
+        if level.pooled and handed:
+            phis[str(i)] = sets.phi(handed)
+            handed += (sets.phi_dims[-1] if sets.phi_dims else handed) + 1
+        widths[level.into] += handed
+    return phis, widths[-1]
+
+
+def _made(encoder: Any, block: Block, in_features: int) -> nn.Module:
+    module = encoder(in_features)
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"AutoAmortized: the encoder of {list(block.sites)}, called with the number of features, returned a "

@@ -6,10 +6,13 @@ first run went to the end with every latent covered.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -17,14 +20,16 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call
-from pyro_amortize.encoders import Rows
-from pyro_amortize.inputs import pick_rows
+from pyro_amortize.encoders import Rows, gathered
+from pyro_amortize.inputs import Cells, Present, pick_cells
+from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
+from pyro_amortize.pooling import Marks, Move, presence
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.probes import HeldRun, site_rows
+from pyro_amortize.probes import HeldRun, site_cells, site_mask
 from pyro_amortize.structure import Plate, Source
-from pyro_amortize.supports import dressed, unconstrained_shape
+from pyro_amortize.supports import dressed, is_improper, unconstrained_shape
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -35,6 +40,42 @@ MOST_EXITS = 256
 
 class _Done(BaseException):
     """Leaves the model after its last latent; no handler of errors in the model should catch it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The data of one block in one call; every plate has an axis.
+
+    Attributes:
+        cells: For each level and source its values, shape (..., *plates, *shape of a cell), and which are there.
+        marks: Which rows of each level have data, there or below.
+        moves: The way of each level but the last.
+        sizes: Of the block's own plates, whose axes come first.
+    """
+
+    cells: list[list[Cells]]
+    marks: list[Marks]
+    moves: list[Move]
+    sizes: list[int]
+
+    @property
+    def present(self) -> list[Tensor | None]:
+        """Which rows of each level count when pooling; None if all do."""
+        return [marks if isinstance(marks, Tensor) else None for marks in self.marks]
+
+    @property
+    def with_data(self) -> Tensor | None:
+        """Which elements of the block have data, shape of its plates; None if all have."""
+        marks = self.marks[-1]
+        if not isinstance(marks, Tensor) or bool(marks.all()):
+            return None
+        return marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
+
+    def elements(self, features: Tensor) -> Tensor:
+        """Brings features, shape (..., *plates, features), to shape (..., elements of the block, features)."""
+        lead = features.shape[: features.dim() - 1 - (self.moves[0].count if self.moves else len(self.sizes))]
+        features = features.reshape(*lead, *features.shape[len(lead) :][: len(self.sizes)], features.shape[-1])
+        return features.expand(*lead, *self.sizes, -1).reshape(*lead, -1, features.shape[-1])
 
 
 class GuidedRun(Messenger):
@@ -62,6 +103,7 @@ class GuidedRun(Messenger):
         self._indices: dict[str, Any] = {}
         self._looked_up: dict[str, Any] = {}
         self._parameters: dict[str, list[Tensor] | None] = {}
+        self._with_data: dict[str, Tensor | None] = {}
         self._exit_after: frozenset[str] | None = None
 
     def sample(self) -> dict[str, Tensor]:
@@ -71,7 +113,7 @@ class GuidedRun(Messenger):
                 source.name in self.call.leaves and self.call.leaves[source.name] is None for source in block.sources
             ):
                 self._refuse_missing(block)
-        if any(source.axis is None and source.feeds not in self.observations for source in self._sources()):
+        if self._needs_looking_up():
             self._look_up()
         self._exit_after = self.guide._exits.get(self._kind_of_call())
         try:
@@ -92,8 +134,8 @@ class GuidedRun(Messenger):
                 self.guide._exits.clear()
             self.guide._exits[key] = frozenset(latents)
 
-    def examples(self) -> dict[str, list[Tensor]]:
-        """Returns the data of every block that has some, as the call holds them."""
+    def examples(self) -> dict[str, Reading]:
+        """Returns the data of every amortized block, as the call holds them."""
         held = HeldRun(self.guide.model, self.call)
         with preserved(self.guide.model, evaluating=True):
             trace = held.run()
@@ -103,13 +145,17 @@ class GuidedRun(Messenger):
         found = {}
         for block in self.plan.blocks:
             if block.amortized:
-                rows = self._rows(block, frames[block.plates[0]])
-                assert rows is not None
-                found[block.name] = rows
+                reading = self._read(block, {plate: frames[plate] for plate in block.plates})
+                assert reading is not None
+                found[block.name] = reading
         return found
 
-    def _sources(self) -> list[Source]:
-        return [source for block in self.plan.blocks for source in block.sources]
+    def _needs_looking_up(self) -> bool:
+        """Whether some data or masks pass through no argument, so that only a run of the model shows them."""
+        sources = [source for block in self.plan.blocks for source in block.sources]
+        sites = {site for block in self.plan.blocks for level in block.levels for site in level.sites}
+        unseen = any(source.axes is None and source.feeds not in self.observations for source in sources)
+        return unseen or any(site in self.plan.masks and self.plan.masks[site] is None for site in sites)
 
     def _look_up(self) -> None:
         """Runs the model once more, to see the data that come to its sites without passing through an argument."""
@@ -125,16 +171,20 @@ class GuidedRun(Messenger):
         Scalars are those among the arguments, flags in tensors included, and the attributes of the model or of the
         object whose method it is. None if an argument is an object of unknown meaning.
         """
-        axes = {source.name: source.axis for source in self._sources()}
+        axes: dict[str, tuple[int, ...]] = {}
+        for block in self.plan.blocks:
+            for level in block.levels:
+                axes |= {source.name: source.axes or () for source in level.sources}
+                axes |= {level.link.argument: level.link.axes} if level.link else {}
         model = poutine.unwrap(self.guide.model)
         owner = getattr(getattr(model, "__self__", model), "__dict__", {})
         parts: list[Any] = [self.guide.training]
         parts += [(key, value) for key, value in owner.items() if isinstance(value, (bool, int, str))]
         for name, leaf in self.call.leaves.items():
             if isinstance(leaf, Tensor):
-                axis = axes.get(name)
+                rows = axes.get(name, ())
                 flag = leaf.item() if leaf.dim() == 0 and not leaf.is_floating_point() else None
-                parts.append((name, leaf.dtype, flag, tuple(n for i, n in enumerate(leaf.shape) if i != axis)))
+                parts.append((name, leaf.dtype, flag, tuple(n for i, n in enumerate(leaf.shape) if i not in rows)))
             elif isinstance(leaf, (int, float, str, type(None))):
                 parts.append((name, type(leaf), leaf))
             else:
@@ -198,28 +248,27 @@ class GuidedRun(Messenger):
     # From data to distributions.
 
     def _block_parameters(self, block: Block, msg: Any) -> list[Tensor] | None:
-        """Returns the parameters of each site of a block, shape (..., rows, width); None where data are missing."""
+        """Returns the parameters of each site of a block, shape (..., elements, width); None where data are missing."""
         if block.name in self._parameters:
             return self._parameters[block.name]
         frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
         coder = self.guide.coder_of(block)
+        reading = self._read(block, {plate: frames[plate] for plate in block.plates}) if block.levels else None
         parameters: list[Tensor] | None
         if not block.amortized:
             parameters = coder(self._index(block, frames))
+        elif reading is None:
+            self._refuse_missing(block)
+            parameters = None
+        elif isinstance(coder, Rows):
+            parameters = coder(torch.arange(math.prod(int(frames[plate].size) for plate in block.plates)))
         else:
-            frame = frames[block.plates[0]]
-            rows = self._rows(block, frame)
-            if rows is None:
-                self._refuse_missing(block)
-                parameters = None
-            elif isinstance(coder, Rows):
-                parameters = coder(torch.arange(int(frame.size)))
-            else:
-                preparation = self.guide.preparation_of(block)
-                parameters = coder(preparation(rows, self.guide.dtype))
+            features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
+            parameters = coder(reading.elements(gathered(coder.phis, features, reading.present, reading.moves)))
         if self.answering and parameters is not None:
             parameters = [values.detach() for values in parameters]
         self._parameters[block.name] = parameters
+        self._with_data[block.name] = reading.with_data if reading is not None else None
         return parameters
 
     def _refuse_missing(self, block: Block) -> None:
@@ -250,64 +299,159 @@ class GuidedRun(Messenger):
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
 
-    def _rows(self, block: Block, frame: Any) -> list[Tensor] | None:
-        """Returns the rows of each source of a block; None where one is missing."""
-        size, full_size = int(frame.size), int(frame.full_size or frame.size)
-        found: list[Tensor] = []
-        for source in block.sources:
-            if source.feeds in self.observations:
-                value, dim = self.observations[source.feeds], frame.dim - len(source.shape)
-                found.append(value.movedim(dim, -1 - len(source.shape)))
-                continue
-            rows: Tensor | None
-            if source.axis is None:
-                rows = self._site_rows(source, frame)
-            elif source.name == FUNCTION:
-                rows = self._function_rows(block)
-            else:
-                rows = pick_rows(
-                    source,
-                    self.call.leaves.get(source.name),
-                    frame.name,
-                    size,
-                    full_size,
-                    self._indices.get(frame.name),
-                )
-            if rows is None:
-                return None
-            found.append(rows)
-        if self.observations and not any(source.feeds in self.observations for source in block.sources):
+    def _read(self, block: Block, frames: dict[str, Any]) -> Reading | None:
+        """Returns the data of a block for the present elements of its plates; None where some are missing."""
+        plates = {
+            name: Present(int(frame.size), int(frame.full_size or frame.size), self._indices.get(name))
+            for name, frame in frames.items()
+        }
+        fed = any(source.feeds in self.observations for source in block.sources)
+        if self.observations and block.amortized and not fed:
             raise NotImplementedError(
                 f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but "
                 f"they cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the "
                 f"observed values themselves as arguments of the model."
             )
+        axes = list(dict.fromkeys([*block.plates, *(name for level in block.levels for name in level.plates)]))
+        sizes = {name: present.size for name, present in plates.items()}
+        levels: list[list[Cells]] = []
+        for level in block.levels:
+            levels.append([])
+            for source in level.sources:
+                values = self._cells(block, source, plates)
+                if values is None:
+                    return None
+                cell_dim = values.dim() - len(source.plates) if source.name == FUNCTION else len(source.shape)
+                lead = values.dim() - len(source.plates) - cell_dim
+                sizes |= dict(zip(source.plates, values.shape[lead:], strict=False))
+                cells = _laid(values, source.plates, axes, cell_dim)
+                present = self._source_marks(source, plates, axes)
+                levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
+        marks = [self._level_marks(level, plates, axes) for level in block.levels]
+        moves = [self._move(level, block, plates, axes, sizes) for level in block.levels[:-1]]
+        return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates])
+
+    def _cells(self, block: Block, source: Source, plates: dict[str, Present]) -> Tensor | None:
+        """Returns a source's data, shape (..., *plates, *shape of a cell), or None if the argument is missing."""
+        if source.feeds in self.observations:
+            value, count = self.observations[source.feeds], len(source.shape)
+            dims = [dim - count for dim in source.dims]
+            return value.movedim(dims, list(range(-len(dims) - count, -count)))
+        if source.name == FUNCTION:
+            return self._function_rows(block)
+        if source.axes is None:
+            node = self._looked_up["sites"].get(source.name)
+            if node is None or not node["is_observed"]:
+                return None
+            return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
+        value = self.call.leaves.get(source.name)
+        return None if value is None else pick_cells(source, value, plates)
+
+    def _picked(self, source: Source, value: Tensor, event_dim: int, plates: dict[str, Present]) -> Tensor:
+        """Returns an observed site's values for the plates' present elements, as they were looked up."""
+        frames = {f.name: f for f in self._looked_up["sites"][source.feeds]["cond_indep_stack"]}
+        around = [Plate(name, frames[name].dim, int(frames[name].size), 0) for name in source.plates]
+        cells = site_cells(value, event_dim, around)
+        for axis, name in enumerate(source.plates):
+            there = self._looked_up["indices"].get(name)
+            here = plates[name].indices if name in plates else there
+            if there is None or here is None or torch.equal(torch.as_tensor(there), torch.as_tensor(here)):
+                continue
+            places = {int(j): i for i, j in enumerate(there)}
+            if not all(int(j) in places for j in here):
+                raise NotImplementedError(
+                    f"{type(self.guide).__name__}: the subsample of plate '{name}' is fixed from outside, but the "
+                    f"data of '{source.name}' come from a closure, and were looked up for another subsample. Pass the "
+                    f"data as an argument."
+                )
+            cells = cells.index_select(axis, torch.tensor([places[int(j)] for j in here], device=cells.device))
+        return cells
+
+    def _site_marks(self, site: str, plates: dict[str, Present]) -> tuple[Tensor, Source] | None:
+        """Returns which entries of an observed site count, and where its plates stand; None if all do."""
+        if site not in self.plan.masks:
+            return None
+        source = self.plan.masks[site]
+        if source is None:
+            node = self._looked_up["sites"].get(site)
+            mask = None if node is None else site_mask(node)
+            if mask is None:
+                return None
+            frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
+            source = Source(site, tuple(f.name for f in frames), None, (), (), frozenset(), feeds=site)
+            cells = self._picked(source, mask, len(node["fn"].event_shape), plates)
+        else:
+            value = self.call.leaves.get(source.name)
+            if value is None:
+                return None
+            cells = pick_cells(source, value if value.dtype == torch.bool else ~value.isnan(), plates)
+        return cells, replace(source, shape=tuple(cells.shape[len(source.plates) :]))
+
+    def _source_marks(self, source: Source, plates: dict[str, Present], axes: list[str]) -> Tensor | None:
+        """Returns which cells of a source count at some site that it enters, shape (*axes, *cell); None if all do."""
+        found = None
+        for site in source.reaches if source.missing and source.name != FUNCTION else ():
+            marks = self._site_marks(site, plates)
+            if marks is None:
+                return None
+            cells, where = marks
+            cells = _laid(cells, where.plates, axes, len(where.shape))
+            if where.shape != source.shape or site != source.feeds:
+                cells = cells.flatten(len(axes)).any(-1) if where.shape else cells
+                cells = cells.reshape(cells.shape + (1,) * len(source.shape))
+            for axis, name in enumerate(axes):
+                cells = cells if name in source.plates else cells.any(axis, keepdim=True)
+            found = cells if found is None else found | cells
         return found
 
-    def _site_rows(self, source: Source, frame: Any) -> Tensor | None:
-        """Returns an observed site's values for the plate's present elements, as they were looked up."""
-        site = self._looked_up["sites"].get(source.name)
-        if site is None or not site["is_observed"]:
-            return None
-        there, here = self._looked_up["indices"].get(frame.name), self._indices.get(frame.name)
-        size = int(frame.size) if there is None else len(there)
-        plate = Plate(frame.name, frame.dim, size, int(frame.full_size or frame.size))
-        rows = site_rows(site["value"], len(site["fn"].event_shape), plate)
-        if there is None or torch.equal(torch.as_tensor(there), torch.as_tensor(here)):
-            return rows
-        places = {int(j): i for i, j in enumerate(there)}
-        if not all(int(j) in places for j in here):  # type: ignore[union-attr]
-            raise NotImplementedError(
-                f"{type(self.guide).__name__}: the subsample of plate '{frame.name}' is fixed from outside, but the "
-                f"data of '{source.name}' come from a closure, and were looked up for another subsample. Pass the data "
-                f"as an argument."
+    def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str]) -> Marks:
+        """Returns which rows of a level have values of their own."""
+        found: Marks = False
+        for site in level.sites:
+            marks = self._site_marks(site, plates)
+            if marks is None:
+                return True
+            cells, where = marks
+            rows = _laid(cells, where.plates, axes, len(where.shape))
+            rows = rows.flatten(len(axes)).any(-1) if where.shape else rows
+            found = rows if found is False else found | rows
+        return found
+
+    def _move(
+        self, level: Level, block: Block, plates: dict[str, Present], axes: list[str], sizes: dict[str, int]
+    ) -> Move:
+        """Returns the way of a level's rows in this call."""
+        assert level.into is not None
+        into = block.levels[level.into].plates
+        link = level.link
+        if link is None:
+            over = tuple(axes.index(name) for name in level.plates if name not in into)
+            return Move(len(axes), over, None, None, 0, level.pooled, level.into)
+        value = self.call.leaves[link.argument]
+        cell = tuple(size for axis, size in enumerate(value.shape) if axis not in link.axes)
+        source = Source(link.argument, link.rows, link.axes, (), cell, frozenset())
+        cells = pick_cells(source, value, plates)
+        index = cells.reshape(*cells.shape[: len(link.rows)], -1)[..., link.column].long() + link.offset
+        to = plates.get(link.to)
+        size = sizes.get(link.to, int(index.max()) + 1 if index.numel() else 0)
+        limit = to.full_size if to else size
+        if index.numel() and not bool(((index >= 0) & (index < limit)).all()):
+            raise ValueError(
+                f"{type(self.guide).__name__}: argument '{link.argument}' points to element "
+                f"{int(index.max() if index.min() >= 0 else index.min())} of plate '{link.to}', which has {limit} "
+                f"elements in this call. Make the plate as large as its index says."
             )
-        return rows[torch.tensor([places[int(j)] for j in here])]  # type: ignore[union-attr]
+        if to is not None and to.indices is not None and to.size < to.full_size:
+            position = index.new_full((to.full_size,), -1)
+            position[torch.as_tensor(to.indices)] = torch.arange(to.size)
+            index = position[index]
+        rows = tuple(axes.index(name) for name in link.rows)
+        return Move(len(axes), rows, axes.index(link.to), index, size, level.pooled, level.into)
 
     def _function_rows(self, block: Block) -> Tensor:
         inputs = self.guide.options["inputs"]
         if isinstance(inputs, dict):
-            inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates) if key in inputs)
+            inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates[-1:]) if key in inputs)
         rows: Tensor = inputs(*self.args, **self.kwargs)  # type: ignore[operator]
         return rows
 
@@ -331,7 +475,13 @@ class GuidedRun(Messenger):
             for i in range(self.guide.family.per_dim)
         ]
         q = dressed(msg, prior, self.guide.family.distribution(*placed))
-        return q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        with_data = self._with_data[block.name]
+        if with_data is None or not block.exact_prior or is_improper(prior):
+            return q
+        dims = [frames[plate].dim for plate in block.plates]
+        marks = _placed(with_data.flatten()[:, None], list(with_data.shape), dims, ())
+        return dist.MaskedMixture(marks.to(parameters[0].device), prior.expand(q.batch_shape), q)
 
 
 class Replicate(Messenger):
@@ -340,6 +490,17 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             msg["is_observed"], msg["value"] = False, None
+
+
+def _laid(cells: Tensor, plates: tuple[str, ...], axes: list[str], cell_dim: int) -> Tensor:
+    """Gives cells, shape (..., *plates, *cell), an axis for every plate, of length one where they lack it."""
+    lead = cells.dim() - len(plates) - cell_dim
+    order = sorted(range(len(plates)), key=lambda i: axes.index(plates[i]))
+    cells = cells.permute(*range(lead), *(lead + i for i in order), *range(lead + len(plates), cells.dim()))
+    for position, name in enumerate(axes):
+        if name not in plates:
+            cells = cells.unsqueeze(lead + position)
+    return cells
 
 
 def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:

@@ -1,29 +1,33 @@
-"""A call's arguments and a block, turned into the block's data: (rows, features), prepared for a network."""
+"""A call's arguments, turned into the data of a block: shape (rows, features), prepared for a network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_amortize.plan import Block, width
+from pyro_amortize.encoders import joined
+from pyro_amortize.levels import Level
+from pyro_amortize.plan import width
 from pyro_amortize.structure import Source
 
 Prepare = str | None | Callable[[Tensor], Tensor]
+Cells = tuple[Tensor, Tensor | None]
 
 
 class Inputs(nn.Module):
-    """The data of one block, prepared by what they are.
+    """The data at one level of a block, prepared by what they are.
 
     Categories become one-hot columns, and unbounded counts log(1 + x). Then everything but indicators is centred, and
     scaled: reals by the standard deviation of each column, counts by one standard deviation for all columns of an
-    argument, since a pixel or word that is rarely on has next to none of its own. NaN is filled by the mean and marked
-    in a column of its own. The statistics are buffers.
+    argument, since a pixel or word that is rarely on has next to none of its own. What is missing, NaN or under a
+    mask, is filled by the mean and marked in a column of its own. The statistics are buffers.
 
     Args:
-        block: The block.
+        sources: The data.
         prepare: "auto" for the above, None for plain flattened data, or a function from the latter, shape
             (rows, width), to features of shape (rows, any width).
     """
@@ -31,33 +35,39 @@ class Inputs(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, block: Block, prepare: Prepare = "auto") -> None:
+    def __init__(self, sources: tuple[Source, ...], prepare: Prepare = "auto") -> None:
         super().__init__()
-        self.block = block
+        self.sources = sources
         self.prepare = prepare
         auto = prepare == "auto"
-        columns = sum(width(source) for source in block.sources) if auto else 0
+        columns = sum(width(source) for source in sources) if auto else 0
         self.register_buffer("shift", torch.zeros(columns))
         self.register_buffer("scale", torch.ones(columns))
 
-    def forward(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: list[Cells], dtype: torch.dtype) -> Tensor:
         """Prepares data.
 
         Args:
-            rows: For each source a tensor of shape (..., rows, *shape of one row).
+            rows: For each source a tensor of shape (..., *shape of one cell), and which of it is there.
             dtype: Of the features.
 
         Returns:
-            Features of shape (..., rows, features).
+            Features of shape (..., features).
         """
-        if self.prepare != "auto":
-            plain = [_flat(value, source).to(dtype) for value, source in zip(rows, self.block.sources, strict=True)]
-            features = _joined(plain)
-            return features if self.prepare is None else self.prepare(features)  # type: ignore[operator]
-        features = self._columns(rows, dtype)
-        return torch.nan_to_num((features - self.shift) / self.scale, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        if self.prepare == "auto":
+            features = self._columns(rows, dtype)
+            return torch.nan_to_num((features - self.shift) / self.scale, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        plain = []
+        for (value, present), source in zip(rows, self.sources, strict=True):
+            flat = _flat(value, source).to(dtype)
+            plain.append(flat if present is None else torch.where(_flat(present, source), flat, 0.0))
+        features = joined(plain)
+        if self.prepare is None:
+            return features
+        prepared: Tensor = self.prepare(features.reshape(-1, features.shape[-1]))  # type: ignore[operator]
+        return prepared.reshape(*features.shape[:-1], -1)
 
-    def measure(self, rows: list[Tensor], dtype: torch.dtype) -> None:
+    def measure(self, rows: list[Cells], dtype: torch.dtype) -> None:
         """Takes the statistics of the preparation from example data."""
         if self.prepare != "auto":
             return
@@ -67,110 +77,143 @@ class Inputs(nn.Module):
         mean = columns.nan_to_num(0.0).sum(0) / count
         spread = (torch.where(present, columns - mean, 0.0).square().sum(0) / count).sqrt()
         shared, free = (marks.to(mean.device) for marks in (self._shared(), self._indicators()))
-        for group in range(1, len(self.block.sources) + 1):
+        for group in range(1, len(self.sources) + 1):
             if bool((shared == group).any()):
                 spread[shared == group] = spread[shared == group].square().mean().sqrt()
         flat = spread <= 1e-6 * (1 + mean.abs())
         self.shift = torch.where(free, 0.0, mean)
         self.scale = torch.where(free | flat, 1.0, spread)
 
-    def _columns(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _columns(self, rows: list[Cells], dtype: torch.dtype) -> Tensor:
+        """The columns before they are scaled, NaN where something is missing and no indicator."""
         columns = []
-        for value, source in zip(rows, self.block.sources, strict=True):
+        for (value, present), source in zip(rows, self.sources, strict=True):
             flat = _flat(value, source)
+            lacking = flat.isnan()
+            if present is not None:
+                lacking = lacking | ~_flat(present, source)
             if source.kind == "category":
-                flat = nn.functional.one_hot(flat.long(), source.categories).flatten(-2)
-            elif source.kind == "count":
-                flat = flat.to(dtype).clamp(min=0).log1p()
-            flat = flat.to(dtype)
-            columns.append(flat)
+                known = torch.where(lacking, 0, flat).long()
+                here = ~lacking[..., None] & (known[..., None] == torch.arange(source.categories, device=flat.device))
+                columns.append(here.flatten(-2).to(dtype))
+            else:
+                flat = flat.to(dtype)
+                if source.kind == "count":
+                    flat = flat.clamp(min=0).log1p()
+                filler = 0.0 if source.kind == "binary" else torch.nan
+                columns.append(torch.where(lacking, filler, flat))
             if source.missing:
-                columns.append(flat.isnan().to(dtype))
-            elif bool(flat.isnan().any()):
+                columns.append(lacking.to(dtype))
+            elif bool(lacking.any()):
                 raise ValueError(
                     f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
-                    f"none, so block '{self.block.name}' has no column to mark them. Initialize a new guide with data "
-                    f"that hold NaN under a mask, or fill them: {source.name}.nan_to_num()."
+                    f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
+                    f"under a mask, or fill them: {source.name}.nan_to_num()."
                 )
-        return _joined(columns)
+        return joined(columns)
 
     def _shared(self) -> Tensor:
         """Numbers the columns of each argument of counts from 1; 0 for columns with a scale of their own."""
         marks: list[int] = []
-        for i, source in enumerate(self.block.sources):
-            own = _numel(source) if source.kind in ("count", "level") else 0
+        for i, source in enumerate(self.sources):
+            own = _numel(source.shape) if source.kind in ("count", "level") else 0
             marks += [i + 1] * own + [0] * (width(source) - own)
         return torch.tensor(marks, dtype=torch.long)
 
     def _indicators(self) -> Tensor:
         marks: list[bool] = []
-        for source in self.block.sources:
-            own = width(source) - (_numel(source) if source.missing else 0)
+        for source in self.sources:
+            own = width(source) - (_numel(source.shape) if source.missing else 0)
             marks += [source.kind in ("category", "binary")] * own
             marks += [True] * (width(source) - own)
         return torch.tensor(marks, dtype=torch.bool)
 
 
-def pick_rows(source: Source, value: Any, plate: str, size: int, full_size: int, indices: Any) -> Tensor | None:
-    """Returns the rows of an argument that belong to a plate's present elements.
-
-    An argument as long as the subsample is used as it stands; one of the full size is indexed.
+class Preparation(nn.ModuleList):
+    """The data of a block, prepared level by level.
 
     Args:
-        source: Where the argument's rows are.
+        levels: The levels; those without data have no features.
+        prepare: As of :class:`Inputs`.
+    """
+
+    def __init__(self, levels: Sequence[Level], prepare: Prepare) -> None:
+        super().__init__(Inputs(level.sources, prepare) for level in levels)
+
+    def forward(self, cells: list[list[Cells]], dtype: torch.dtype) -> list[Tensor | None]:
+        """Returns features of shape (..., *plates, features) for each level, None for one without data."""
+        return [part(rows, dtype) if rows else None for part, rows in zip(self, cells, strict=True)]
+
+    def measure(self, cells: list[list[Cells]], dtype: torch.dtype) -> None:
+        """Takes the statistics of the preparation from example data."""
+        for part, rows in zip(self, cells, strict=True):
+            if rows:
+                part.measure(rows, dtype)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Present:
+    """The elements of a plate in the present call: ``size`` of ``full_size``; ``indices`` say which, if not all."""
+
+    size: int
+    full_size: int
+    indices: Any = None
+
+
+def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Tensor:
+    """Returns the cells of an argument that belong to the present elements of plates.
+
+    Along a plate, an argument as long as the subsample is used as it stands; one of the full size is indexed. It is
+    taken whole along plates of which nothing is said, over which it is to be pooled.
+
+    Args:
+        source: Where the argument's cells are.
         value: The argument.
-        plate: Name of the plate, for messages.
-        size: Elements in the present subsample.
-        full_size: Elements of the plate.
-        indices: The subsample, or None.
+        plates: The present elements.
 
     Returns:
-        Shape (size, *shape of one row), or None if the argument is None.
+        Shape (*plates, *shape of one cell).
 
     Raises:
         ValueError: The argument is no tensor, or its shape does not fit.
     """
-    if value is None:
-        return None
+    around = "/".join(source.plates)
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"AutoAmortized: argument '{source.name}' is a {type(value).__name__}, but plate '{plate}' takes a row of "
+            f"AutoAmortized: argument '{source.name}' is a {type(value).__name__}, but plate '{around}' takes a row of "
             f"it for every element. Pass a tensor: torch.as_tensor({source.name})."
         )
-    axis = source.axis or 0
-    row = tuple(value.shape[:axis] + value.shape[axis + 1 :])
-    if value.dim() <= axis or row != source.shape:
-        got, expected = _numel_of(row), _numel(source)
-        what = f"{got} features" if got != expected else f"rows of shape {row}"
+    assert source.axes is not None
+    cell = tuple(size for axis, size in enumerate(value.shape) if axis not in source.axes)
+    if value.dim() <= max(source.axes, default=-1) or cell != source.shape:
+        got, expected = _numel(cell), _numel(source.shape)
+        what = f"{got} features" if got != expected else f"rows of shape {cell}"
         want = f"{expected}" if got != expected else f"shape {source.shape}"
         raise ValueError(
-            f"AutoAmortized: argument '{source.name}' has {what} per element of plate '{plate}', but the guide was "
+            f"AutoAmortized: argument '{source.name}' has {what} per element of plate '{around}', but the guide was "
             f"initialized with {want}. Build a new guide for data of this width: guide = AutoAmortizedNormal(model)."
         )
-    rows = value.movedim(axis, 0)
-    if len(rows) == full_size and (size < full_size or source.indexed) and indices is not None:
-        return rows[torch.as_tensor(indices, device=rows.device)]
-    if len(rows) != size:
-        raise ValueError(
-            f"AutoAmortized: argument '{source.name}' has {len(rows)} rows along axis {axis}, but plate '{plate}' has "
-            f"{size} elements in this call. Pass data arguments of equal length: {source.name}[:{size}]."
-        )
-    return rows
+    cells = value.movedim(source.axes, tuple(range(len(source.axes))))
+    for axis, name in enumerate(source.plates):
+        if name not in plates:
+            continue
+        now = plates[name]
+        length = cells.shape[axis]
+        if length == now.full_size and (now.size < length or name in source.indexed) and now.indices is not None:
+            cells = cells.index_select(axis, torch.as_tensor(now.indices, device=cells.device))
+        elif length != now.size:
+            raise ValueError(
+                f"AutoAmortized: argument '{source.name}' has {length} rows along axis {source.axes[axis]}, but plate "
+                f"'{name}' has {now.size} elements in this call. Pass data arguments of equal length: "
+                f"{source.name}[:{now.size}]."
+            )
+    return cells
 
 
 def _flat(value: Tensor, source: Source) -> Tensor:
     batch = value.dim() - len(source.shape)
-    return value.reshape((*value.shape[:batch], _numel(source)))
+    return value.reshape((*value.shape[:batch], _numel(source.shape)))
 
 
-def _joined(columns: list[Tensor]) -> Tensor:
-    batch = torch.broadcast_shapes(*(column.shape[:-1] for column in columns))
-    return torch.cat([column.expand(batch + column.shape[-1:]) for column in columns], -1)
-
-
-def _numel(source: Source) -> int:
-    return _numel_of(source.shape)
-
-
-def _numel_of(shape: tuple[int, ...]) -> int:
+def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())

@@ -66,7 +66,7 @@ class Minibatches:
         leaves = {}
         for source in self.slices:
             leaf = self.call.leaves[source.name]
-            leaves[source.name] = leaf.index_select(source.axis, rows.to(leaf.device))
+            leaves[source.name] = leaf.index_select(_axis(source, self.plate), rows.to(leaf.device))
         args, kwargs = self.call.replaced(leaves)
         return args, kwargs, Rescaled(self.plate, rows, self.inject)
 
@@ -91,7 +91,7 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     if outside:
         return f"site '{outside[0]}' is observed outside plate '{plate.name}'"
     call = Call(model, args, kwargs)
-    slices = tuple(source for source in facts.sources[plate.name] if source.axis is not None)
+    slices = tuple(source for source in facts.sources if source.axes is not None and plate.name in source.plates)
     tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]
     ways = [Minibatches(call, plate, True, ())]
     ways += [Minibatches(call, plate, True, slices), Minibatches(call, plate, False, slices)] if slices else []
@@ -108,6 +108,11 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     if tensors and not slices:
         return f"rows of '{tensors[0]}' do not enter the densities of plate '{plate.name}' one by one"
     return reasons[-1]
+
+
+def _axis(source: Source, plate: Plate) -> int:
+    assert source.axes is not None
+    return source.axes[source.plates.index(plate.name)]
 
 
 def _sums(trace: Any) -> dict[str, Tensor]:

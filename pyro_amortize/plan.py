@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyro_amortize.calls import Model
+from pyro_amortize.levels import Level, Ways
 from pyro_amortize.probes import examine
-from pyro_amortize.structure import Site, Source, Structure
+from pyro_amortize.structure import Link, Site, Source, Structure
 
 FUNCTION = "inputs(...)"
 """Name of the source that a function of the user's own is."""
@@ -45,8 +46,9 @@ class Block:
         closable: Whether amortizing this block can be lossless.
         dims: Unconstrained size of one element of each site.
         shapes: Its shape.
-        sources: Where the inputs stand.
+        levels: The data of the inputs by the plates that they have, and their ways to the block's own level, the last.
         rows: Elements of the plates together, as the table has them.
+        exact_prior: Whether elements without data have the prior as their posterior, given the latents above them.
     """
 
     name: str
@@ -59,8 +61,14 @@ class Block:
     closable: bool | None
     dims: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
-    sources: tuple[Source, ...]
+    levels: tuple[Level, ...]
     rows: int
+    exact_prior: bool = True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data of all levels, each once."""
+        return tuple(dict.fromkeys(source for level in self.levels for source in level.sources))
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class AmortizationPlan:
         plates: Full size of every plate in the call that was planned from.
         params: Names of the model's own parameters in the param store.
         observed: Names of the observed sites.
+        masks: For each observed site under a mask the argument that is the mask, or whose NaN it covers; None where
+            only a run of the model tells.
     """
 
     blocks: tuple[Block, ...]
@@ -82,6 +92,7 @@ class AmortizationPlan:
     plates: dict[str, int]
     params: tuple[str, ...]
     observed: tuple[str, ...]
+    masks: dict[str, Source | None]
 
     def block_of(self, site: str) -> Block | None:
         """Returns the block that holds a site."""
@@ -89,25 +100,28 @@ class AmortizationPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data from which :meth:`from_dict` makes the plan again."""
-        code = asdict(self)
-        for block in code["blocks"]:
-            block["sources"] = [{**source, "reaches": sorted(source["reaches"])} for source in block["sources"]]
-        return code
+        return _plain(asdict(self))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, code: Mapping[str, Any]) -> AmortizationPlan:
         """Makes a plan from what :meth:`to_dict` returned."""
         blocks = []
         for block in code["blocks"]:
-            sources = tuple(
-                Source(**{**s, "reaches": frozenset(s["reaches"]), "shape": tuple(s["shape"])})
-                for s in block["sources"]
-            )
-            names = {key: tuple(block[key]) for key in ("sites", "plates", "inputs", "dims")}
+            levels = [
+                Level(
+                    **{
+                        **_tuples(level),
+                        "sources": tuple(_source(source) for source in level["sources"]),
+                        "link": level["link"] and Link(**_tuples(level["link"])),
+                    }
+                )
+                for level in block["levels"]
+            ]
             shapes = tuple(tuple(shape) for shape in block["shapes"])
-            blocks.append(Block(**{**block, **names, "shapes": shapes, "sources": sources}))
-        rest = {key: tuple(code[key]) for key in ("left_to_model", "params", "observed")}
-        return cls(tuple(blocks), Verdict(**code["verdict"]), plates=dict(code["plates"]), **rest)
+            blocks.append(Block(**{**_tuples(block), "shapes": shapes, "levels": tuple(levels)}))
+        masks = {site: source and _source(source) for site, source in code["masks"].items()}
+        rest = {"blocks": tuple(blocks), "verdict": Verdict(**code["verdict"]), "masks": masks}
+        return cls(**{**_tuples(code), **rest})
 
     def __str__(self) -> str:
         header = ("block", "sites", "plates", "dim", "parameters from", "features", "closable")
@@ -117,7 +131,7 @@ class AmortizationPlan:
                 ", ".join(block.sites),
                 ", ".join(block.plates) or "-",
                 str(block.dim),
-                ("encoder(" + ", ".join(block.inputs) + ")") if block.amortized else f"table of {block.rows}",
+                f"encoder({_described(block)})" if block.amortized else f"table of {block.rows}",
                 str(block.features) if block.amortized else "-",
                 {True: "yes", False: "no", None: "unknown"}[block.closable] if block.amortized else "-",
             )
@@ -131,6 +145,35 @@ class AmortizationPlan:
             lines.append(f"left to the model: {', '.join(self.left_to_model)}")
         lines.append(f"closable: {self.verdict.closable} ({self.verdict.reason})")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _described(block: Block) -> str:
+    """Lists a block's inputs, each with the plates that it is pooled over."""
+    parts = []
+    for name in block.inputs:
+        source = next(source for source in block.sources if source.name == name)
+        over = [plate for plate in source.plates if plate not in block.plates]
+        pooled = any(level.pooled and source in level.sources for level in block.levels)
+        parts.append(f"{name} over {'/'.join(over)}" if over and pooled else name)
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """Writes sets and tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (frozenset, tuple, list)):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, frozenset) else value)]
+    return value
+
+
+def _tuples(code: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in code.items()}
+
+
+def _source(code: Mapping[str, Any]) -> Source:
+    sets = {key: frozenset(code[key]) for key in ("reaches", "indexed", "couples")}
+    return Source(**{**_tuples(code), **sets})
 
 
 def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> AmortizationPlan:
@@ -149,8 +192,7 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
 
     Raises:
         ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent, or a numpy array.
-        NotImplementedError: The model has nested plates around local latents, indexed groups, ``pyro.markov``,
-            enumerated latents or sequential plates.
+        NotImplementedError: The model has ``pyro.markov``, enumerated latents or sequential plates.
 
     Example:
         >>> def model(x):
@@ -179,207 +221,355 @@ def build_plan(
     Args:
         facts: What :func:`~pyro_amortize.probes.examine` found.
         tables: Sites and plates whose parameters come from tables though they have data.
-        apart: Sites with an encoder of their own.
+        apart: Sites with an encoder of their own; global ones among them are amortized.
         inputs: Names that replace the found inputs, for all blocks, or a dict from site or plate.
     """
-    left = tuple(site.name for site in facts.latents if _is_left_to_model(facts, site))
-    latents = [site for site in facts.latents if site.name not in left]
-    _refuse_unsupported(facts, latents)
-    blocks: list[Block] = []
-    verdicts = []
-    grouped: dict[str, list[Site]] = {}
-    for site in latents:
-        plate = _data_plate(facts, site, latents, inputs)
-        if plate is not None and {site.name, plate} & tables:
-            _refuse_unknown_rows(facts, site, plate)
-        if plate is None or {site.name, plate} & tables:
-            blocks.append(_block(facts, site.name, [site], (), None))
-        else:
-            grouped.setdefault(site.name if site.name in apart else plate, []).append(site)
-    for name, sites in grouped.items():
-        (plate,) = sites[0].plates
-        together = [site for site in latents if plate in site.plates]
-        sources, complete = _inputs(facts, name, plate, together, inputs)
-        verdict = _verdict(facts, plate, together, sources, complete)
-        verdicts.append(verdict)
-        blocks.append(_block(facts, name, sites, sources, verdict.closable))
-    order = {site.name: i for i, site in enumerate(latents)}
-    blocks.sort(key=lambda block: order[block.sites[0]])
-    observed = tuple(site.name for site in facts.sites.values() if site.observed)
-    plates = {name: plate.full_size for name, plate in facts.plates.items()}
-    return AmortizationPlan(tuple(blocks), _overall(verdicts), left, plates, facts.params, observed)
+    return _Planner(facts, tables, apart, inputs).plan()
 
 
-def _is_left_to_model(facts: Structure, site: Site) -> bool:
-    has_data = any(facts.sites[name].observed for name in facts.reaches(site.name))
-    any_data = any(other.observed for other in facts.sites.values())
-    return (site.fixed and not site.discrete) or (any_data and not has_data)
+class _Planner:
+    """Makes one plan."""
 
+    def __init__(self, facts: Structure, tables: frozenset[str], apart: frozenset[str], inputs: Any) -> None:
+        self.facts, self.tables, self.apart, self.inputs = facts, tables, apart, inputs
+        self.ways = Ways(facts)
+        self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
+        self.latents = [site for site in facts.latents if site.name not in self.left]
+        self._refuse_unsupported()
+        self.masks = {
+            site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
+            for site in facts.sites.values()
+            if site.mask is not None
+        }
+        unseen = {link.argument for link in facts.links}
+        unseen |= {
+            s.name for s in self.masks.values() if s and not s.feeds and s.reaches <= set(self.masks) | set(self.left)
+        }
+        self.sources = [source for source in facts.sources if source.name not in unseen]
+        self.locals = {site.name: site for site in self.latents if self._is_local(site)}
 
-def _refuse_unsupported(facts: Structure, latents: list[Site]) -> None:
-    if not any(site.observed for site in facts.sites.values()) and facts.empty:
-        raise ValueError(
-            f"plan_amortization: no site of the model is observed, and argument '{facts.empty[0]}' is None. "
-            f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
+    def plan(self) -> AmortizationPlan:
+        """Returns the plan."""
+        grouped: dict[str, list[Site]] = {}
+        for site in self.latents:
+            together = site.name in self.locals and not self._has_table(site) and site.name not in self.apart
+            grouped.setdefault("/".join(site.plates) if together else site.name, []).append(site)
+        blocks, verdicts = [], []
+        for name, sites in grouped.items():
+            site, verdict = sites[0], None
+            if site.name not in self.locals and (site.plates or site.name not in self.apart):
+                levels: tuple[Level, ...] = ()
+            elif self._has_table(site):
+                self._refuse_unknown_rows(site)
+                levels = self._presence(sites)
+            else:
+                levels, complete = self._levels(name, sites)
+                verdict = self._verdict(sites, levels, complete)
+                verdicts.append(verdict)
+            blocks.append(self._block(name, sites, levels, verdict))
+        order = {site.name: i for i, site in enumerate(self.latents)}
+        blocks.sort(key=lambda block: order[block.sites[0]])
+        return AmortizationPlan(
+            tuple(blocks),
+            _overall(verdicts),
+            self.left,
+            {name: plate.full_size for name, plate in self.facts.plates.items()},
+            self.facts.params,
+            tuple(site.name for site in self.facts.sites.values() if site.observed),
+            self.masks,
         )
-    local_plates = {plate for site in latents for plate in site.plates if _holds_data(facts, plate, latents)}
-    for site in facts.sites.values():
-        if site.markov:
-            raise NotImplementedError(
-                f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
-                f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
-            )
-        if not site.observed and site.enumerated and site in latents:
-            raise NotImplementedError(
-                f"plan_amortization: site '{site.name}' is enumerated; enumerated latents are not supported yet. "
-                f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
-            )
-        if not site.observed and site.discrete and site in latents:
+
+    # Which latents are local.
+
+    def _is_left_to_model(self, site: Site) -> bool:
+        has_data = any(self.facts.sites[name].observed for name in self.facts.reaches(site.name))
+        any_data = any(other.observed for other in self.facts.sites.values())
+        return (site.fixed and not site.discrete) or (any_data and not has_data)
+
+    def _has_table(self, site: Site) -> bool:
+        return bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
+
+    def _is_local(self, site: Site) -> bool:
+        """Whether rows of data, all of them in the call, belong to single elements of the site."""
+        if not site.plates:
+            return False
+        if isinstance(self.inputs, dict) and {site.name, *site.plates[-1:]} & set(self.inputs):
+            return True
+        informed = {site.name} | self.facts.reaches(site.name)
+        rows = [other for name in informed if (other := self.facts.sites[name]).observed]
+        data: list[Site | Source] = [*rows, *(source for source in self.sources if source.reaches & informed)]
+        return any(self.ways.covers(row.plates, site.plates) for row in data) and not self._is_partial(site, rows)
+
+    def _is_partial(self, site: Site, rows: list[Site]) -> bool:
+        """Whether rows that are to be pooled come as minibatches, so that no call holds all of an element's data."""
+        small = {name for name, plate in self.facts.plates.items() if plate.size < plate.full_size}
+        pooled = {plate for row in rows if self.ways.covers(row.plates, site.plates) for plate in row.plates}
+        for plate in (pooled - set(site.plates)) & small:
+            holders = [s for s in self.facts.sources if plate in s.plates]
+            masked = any(self.masks.get(row.name, row) is None for row in rows if plate in row.plates)
+            if masked or not holders or any(plate not in s.indexed for s in holders):
+                return True
+        return False
+
+    def _together(self, sites: list[Site]) -> dict[str, Site]:
+        """Returns the local latents whose posteriors depend on each other given the globals, those given among them."""
+        found = {site.name: site for site in sites}
+        front = list(found.values())
+        while front:
+            site = front.pop()
+            for other in self.locals.values():
+                near = site.name in other.children or other.name in site.children or site.children & other.children
+                if near and other.name not in found:
+                    found[other.name] = other
+                    front.append(other)
+        return found
+
+    # What informs them.
+
+    def _levels(self, name: str, sites: list[Site]) -> tuple[tuple[Level, ...], bool]:
+        """Returns the data of a block and their ways, and whether they are all that inform it."""
+        target, together = sites[0].plates, self._together(sites)
+        related = _related(together)
+        rows = [site for n in related if (site := self.facts.sites[n]).observed]
+        found = [source for source in self.sources if source.reaches & related]
+        contexts = {frozenset(site.plates) for site in together.values()} - {frozenset(target)}
+        coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
+        chosen, complete = self._chosen(name, sites), True
+        if callable(chosen):
+            dims = tuple(self.facts.plates[plate].dim for plate in target)
+            found = [Source(FUNCTION, target, tuple(range(len(target))), dims, (), frozenset(related))]
+            coarser = []
+        elif chosen is not None:
+            names = [chosen] if isinstance(chosen, str) else list(chosen)
+            picked = [self._named_source(target, n, frozenset(related)) for n in names]
+            complete = {s.name for s in found} <= {s.name for s in picked}
+            found = picked
+        levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
+        if not any(level.sources for level in levels):
+            self._refuse_dataless(sites[0])
+        return levels, complete
+
+    def _presence(self, sites: list[Site]) -> tuple[Level, ...]:
+        """Returns what tells which elements of a table have data, where some may have none."""
+        related = _related(self._together(sites))
+        rows = [site for n in related if (site := self.facts.sites[n]).observed]
+        levels = self.ways.levels(sites[0].plates, [], rows, [])
+        can_lack = any(level.link for level in levels) or any(name in self.masks for x in levels for name in x.sites)
+        return levels if can_lack else ()
+
+    def _chosen(self, name: str, sites: list[Site]) -> Any:
+        if not isinstance(self.inputs, dict):
+            return self.inputs
+        keys = [key for key in (name, *(site.name for site in sites), *sites[0].plates[-1:]) if key in self.inputs]
+        return self.inputs[keys[0]] if keys else None
+
+    def _named_source(self, target: tuple[str, ...], name: str, related: frozenset[str]) -> Source:
+        for source in self.facts.sources:
+            if name in (source.name, source.feeds):
+                return source
+        shape, axes = self.facts.shapes.get(name, ()), list[int]()
+        plates = [self.facts.plates[plate] for plate in target]
+        for plate in plates:
+            lengths = (plate.size, plate.full_size)
+            axes += [next((i for i, n in enumerate(shape) if n in lengths and i not in axes), -1)]
+        if not shape or -1 in axes:
+            known = [source.name for source in self.sources] or list(self.facts.shapes)
+            sizes = " and ".join(f"{plate.size} rows for plate '{plate.name}'" for plate in plates)
             raise ValueError(
-                f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
-                f"variable as documented in https://pyro.ai/examples/enumeration.html , or hide it from the guide: "
-                f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                f"plan_amortization: inputs names '{name}', which is no observed site and no argument with {sizes}. "
+                f"Known: {known}."
             )
-        if len(site.plates) > 1 and local_plates & set(site.plates):
-            raise NotImplementedError(
-                f"plan_amortization: site '{site.name}' stands in the nested or crossed plates {list(site.plates)} "
-                f"around local latents, which is not supported yet. If the inner plate has a fixed size, make it an "
-                f"event dimension: pyro.sample({site.name!r}, fn.to_event(1))."
-            )
-        if site.points and site in latents:
-            raise NotImplementedError(
-                f"plan_amortization: each row of site '{sorted(site.points)[0]}' picks an element of '{site.name}' "
-                f"(plate '{site.plates[0]}'), an indexed group, which is not supported yet. Guide '{site.name}' by "
-                f"AutoNormal(poutine.block(model, expose=['{site.name}'])) in an AutoGuideList."
-            )
+        indexed = {p.name for p, axis in zip(plates, axes, strict=True) if shape[axis] == p.full_size > p.size}
+        rest = tuple(size for i, size in enumerate(shape) if i not in axes)
+        dims = tuple(plate.dim for plate in plates)
+        return Source(name, target, tuple(axes), dims, rest, related, frozenset(indexed))
 
-
-def _refuse_unknown_rows(facts: Structure, site: Site, plate: str) -> None:
-    """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""
-    given = [source.name for source in facts.sources[plate] if source.axis is not None and not source.indexed]
-    if facts.plates[plate].at_random and given:
-        raise ValueError(
-            f"plan_amortization: '{site.name}' has a table, but which rows of plate '{plate}' the minibatch "
-            f"'{given[0]}' holds is not said: the plate draws indices of its own. Say it, "
-            f"pyro.plate('{plate}', {facts.plates[plate].full_size}, subsample=indices), or use an encoder."
+    def _block(self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None) -> Block:
+        shapes = tuple(site.shape for site in sites)
+        dims = tuple(_numel(shape) for shape in shapes)
+        levels = tuple(replace(level, width=sum(width(source) for source in level.sources)) for level in levels)
+        inputs = dict.fromkeys(source.name for level in levels for source in level.sources)
+        return Block(
+            name=name,
+            sites=tuple(site.name for site in sites),
+            plates=sites[0].plates,
+            dim=sum(dims),
+            inputs=tuple(inputs),
+            features=sum(width(source) for source in {s for level in levels for s in level.sources}),
+            amortized=verdict is not None,
+            closable=verdict.closable if verdict else None,
+            dims=dims,
+            shapes=shapes,
+            levels=levels,
+            rows=_numel(tuple(self.facts.plates[plate].full_size for plate in sites[0].plates)),
+            exact_prior=not any(site.couples for site in self._together(sites).values()),
         )
 
+    # Whether amortizing them can be lossless.
 
-def _holds_data(facts: Structure, plate: str, latents: list[Site]) -> bool:
-    """Whether a plate holds a latent and data of its own."""
-    related = _related(facts, plate, [site for site in latents if plate in site.plates])
-    observed = any(facts.sites[name].observed for name in related)
-    return observed or any(related & source.reaches for source in facts.sources[plate])
-
-
-def _related(facts: Structure, plate: str, sites: list[Site]) -> set[str]:
-    """The latents given and the sites of the plate that depend on one of them."""
-    names = {site.name for site in sites}
-    for site in sites:
-        names |= {child for child in site.children if plate in facts.sites[child].plates}
-    return names
-
-
-def _data_plate(facts: Structure, site: Site, latents: list[Site], inputs: Any) -> str | None:
-    """Returns the plate whose rows of data inform a site; None for globals and plates without data."""
-    for plate in site.plates:
-        if _holds_data(facts, plate, latents) or (isinstance(inputs, dict) and {plate, site.name} & set(inputs)):
-            return plate
-    return None
-
-
-def _inputs(facts: Structure, name: str, plate: str, sites: list[Site], inputs: Any) -> tuple[tuple[Source, ...], bool]:
-    """Returns the sources of a block, and whether they are all that inform it."""
-    related = _related(facts, plate, sites)
-    found = tuple(source for source in facts.sources[plate] if source.reaches & related)
-    chosen = inputs
-    if isinstance(inputs, dict):
-        keys = [key for key in (name, *(site.name for site in sites), plate) if key in inputs]
-        chosen = inputs[keys[0]] if keys else None
-    if callable(chosen):
-        return (Source(FUNCTION, 0, False, (), frozenset(related)),), True
-    if chosen is not None:
-        names = [chosen] if isinstance(chosen, str) else list(chosen)
-        picked = tuple(_named_source(facts, plate, n, related) for n in names)
-        return picked, {s.name for s in found} <= {s.name for s in picked}
-    if found:
-        return found, True
-    same = [argument for argument in facts.indistinct if facts.plates[plate].size in facts.shapes[argument]]
-    why = (
-        f"all rows of argument '{same[0]}' are equal"
-        if same
-        else "it has a single row"
-        if facts.plates[plate].size == 1
-        else "no argument was found whose rows enter the densities one by one"
-    )
-    what = same[0] if same else next(iter(facts.shapes), "x")
-    raise ValueError(
-        f"plan_amortization: cannot tell which data inform '{sites[0].name}' in plate '{plate}': {why}. Plan from at "
-        f"least two rows that differ, or say it: AutoAmortized(model, inputs={{'{plate}': ['{what}']}})."
-    )
-
-
-def _named_source(facts: Structure, plate: str, name: str, related: set[str]) -> Source:
-    for source in facts.sources[plate]:
-        if name in (source.name, source.feeds):
-            return source
-    size, full_size = facts.plates[plate].size, facts.plates[plate].full_size
-    shape = facts.shapes.get(name, ())
-    axis = next((i for i, length in enumerate(shape) if length in (size, full_size)), None)
-    if axis is None:
-        known = [source.name for source in facts.sources[plate]] or list(facts.shapes)
-        raise ValueError(
-            f"plan_amortization: inputs names '{name}', which is no observed site and no argument with {size} rows for "
-            f"plate '{plate}'. Known: {known}."
-        )
-    indexed = shape[axis] == full_size and size < full_size
-    return Source(name, axis, indexed, shape[:axis] + shape[axis + 1 :], frozenset(related))
-
-
-def _verdict(facts: Structure, plate: str, sites: list[Site], sources: tuple[Source, ...], complete: bool) -> Verdict:
-    related = _related(facts, plate, sites)
-    for site in sites:
-        if site.couples:
-            via = sorted(site.children) or [site.name]
-            return Verdict(
-                False,
-                f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
-                f"other rows' data",
-                factorizes=False,
-            )
-    for source in facts.sources[plate]:
-        if source.couples and source.reaches & related:
-            return Verdict(
-                False,
-                f"a row of '{source.name}' enters the densities of other rows of plate '{plate}', so a row's posterior "
-                f"needs its neighbours' data",
-                factorizes=False,
-            )
-    if not complete:
-        missing = sorted(
-            s.name for s in facts.sources[plate] if s.reaches & related and s.name not in {t.name for t in sources}
-        )
-        return Verdict(False, f"inputs leaves out '{missing[0]}', which informs '{sites[0].name}'")
-    if facts.hidden[plate]:
+    def _verdict(self, sites: list[Site], levels: tuple[Level, ...], complete: bool) -> Verdict:
+        together = self._together(sites)
+        related = _related(together)
+        informing = [source for source in self.sources if source.reaches & related]
+        plates = {plate for site in together.values() for plate in site.plates}
+        plates |= {plate for level in levels for plate in level.plates}
+        coupled = self._coupled(together, informing) or self._crossed(together)
+        if coupled:
+            return coupled
+        shown = {source.name for level in levels for source in level.sources}
+        if not complete:
+            missing = sorted({source.name for source in informing} - shown)
+            return Verdict(False, f"inputs leaves out '{missing[0]}', which informs '{sites[0].name}'")
+        unclear = self._unclear(sites, levels, plates, shown)
+        if unclear:
+            return unclear
+        if not sites[0].plates:
+            return Verdict(True, f"the encoder of '{sites[0].name}' sees all data")
+        outer = min((site.plates for site in together.values() if site.plates), key=len)
         return Verdict(
-            False,
-            f"rows of '{plate}' with equal data have different densities: the model knows something of a row that no "
-            f"argument carries (a closure, the index, a parameter a row); pass it as an argument",
+            True,
+            f"rows of '{'/'.join(outer)}' are independent given the globals, and the encoder sees all of a row's data",
         )
-    size = facts.plates[plate].size
-    untold = [n for n in facts.indistinct if size in facts.shapes[n] and n not in {s.name for s in sources}]
-    if untold:
-        return Verdict(
-            None,
-            f"all rows of '{untold[0]}' are equal, so it could not be told whether it informs '{sites[0].name}'; if it "
-            f"does, name it in inputs=",
+
+    def _coupled(self, together: dict[str, Site], informing: list[Source]) -> Verdict | None:
+        """Finds elements of one plate whose posteriors need each other's data."""
+        for site in together.values():
+            if site.couples and site.plates:
+                via = sorted(site.children) or [site.name]
+                return Verdict(
+                    False,
+                    f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
+                    f"other rows' data",
+                    factorizes=False,
+                )
+        for source in informing:
+            for plate in sorted(source.couples):
+                return Verdict(
+                    False,
+                    f"a row of '{source.name}' enters the densities of other rows of plate '{plate}', so a row's "
+                    f"posterior needs its neighbours' data",
+                    factorizes=False,
+                )
+        return None
+
+    def _unclear(
+        self, sites: list[Site], levels: tuple[Level, ...], plates: set[str], shown: set[str]
+    ) -> Verdict | None:
+        """Finds what the model knows of a row beside its data, and what could not be tried."""
+        facts = self.facts
+        for plate in sorted(plates):
+            if facts.hidden[plate]:
+                pooled = plate not in sites[0].plates and any(x.pooled and plate in x.plates for x in levels)
+                whole = (
+                    f"pooling loses that; pass an element's rows whole, inputs={{'{sites[0].name}': lambda ...: ...}}"
+                )
+                return Verdict(
+                    False,
+                    f"rows of '{plate}' with equal data have different densities: the model knows something of a row "
+                    f"that no argument carries (a closure, the index, a parameter a row); "
+                    f"{whole if pooled else 'pass it as an argument'}",
+                )
+        sizes = {facts.plates[plate].size for plate in plates}
+        untold = [name for name in facts.indistinct if sizes & set(facts.shapes[name]) and name not in shown]
+        if untold:
+            return Verdict(
+                None,
+                f"all rows of '{untold[0]}' are equal, so it could not be told whether it informs '{sites[0].name}'; "
+                f"if it does, name it in inputs=",
+            )
+        for plate in sorted(plates & {plate for source in facts.sources for plate in source.plates}):
+            if facts.hidden[plate] is None and facts.plates[plate].size > 1:
+                return Verdict(
+                    None, f"it could not be tried whether rows of '{plate}' with equal data have equal densities"
+                )
+        return None
+
+    def _crossed(self, together: dict[str, Site]) -> Verdict | None:
+        """Finds two latents of which neither's elements hold the other's, yet whose posteriors meet."""
+        local = [site for site in together.values() if site.plates]
+        for one in local:
+            for other in local:
+                apart = not self.ways.covers(one.plates, other.plates) and not self.ways.covers(
+                    other.plates, one.plates
+                )
+                meet = sorted(
+                    (one.children & other.children) | ({one.name, other.name} & (one.children | other.children))
+                )
+                if apart and meet:
+                    mine, theirs = "/".join(one.plates), "/".join(other.plates)
+                    return Verdict(
+                        False,
+                        f"'{one.name}' (plate '{mine}') and '{other.name}' (plate '{theirs}') meet crosswise at "
+                        f"'{meet[0]}', so the posterior of an element of '{mine}' needs the data of all of '{theirs}'; "
+                        f"a table for one side, encoder={{'{other.name}': Table()}}, leaves the other to amortize",
+                        factorizes=False,
+                    )
+        return None
+
+    # What cannot be.
+
+    def _refuse_unsupported(self) -> None:
+        facts = self.facts
+        if not any(site.observed for site in facts.sites.values()) and facts.empty:
+            raise ValueError(
+                f"plan_amortization: no site of the model is observed, and argument '{facts.empty[0]}' is None. "
+                f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
+            )
+        for site in facts.sites.values():
+            if site.markov:
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
+                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+            if not site.observed and site.enumerated and site in self.latents:
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' is enumerated; enumerated latents are not supported yet. "
+                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+            if not site.observed and site.discrete and site in self.latents:
+                raise ValueError(
+                    f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
+                    f"variable as documented in https://pyro.ai/examples/enumeration.html , or hide it from the guide: "
+                    f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+
+    def _refuse_unknown_rows(self, site: Site) -> None:
+        """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""
+        for plate in (self.facts.plates[name] for name in site.plates):
+            given = [
+                s.name for s in self.facts.sources if s.axes is not None and plate.name in set(s.plates) - s.indexed
+            ]
+            if plate.at_random and given:
+                raise ValueError(
+                    f"plan_amortization: '{site.name}' has a table, but which rows of plate '{plate.name}' the "
+                    f"minibatch '{given[0]}' holds is not said: the plate draws indices of its own. Say it, "
+                    f"pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or use an encoder."
+                )
+
+    def _refuse_dataless(self, site: Site) -> None:
+        facts = self.facts
+        plate = facts.plates[site.plates[-1]] if site.plates else None
+        size = plate.size if plate else 0
+        same = [argument for argument in facts.indistinct if size in facts.shapes[argument]]
+        why = (
+            f"all rows of argument '{same[0]}' are equal"
+            if same
+            else "it has a single row"
+            if size == 1
+            else "no argument was found whose rows enter the densities one by one"
         )
-    if facts.hidden[plate] is None:
-        return Verdict(None, f"it could not be tried whether rows of '{plate}' with equal data have equal densities")
-    return Verdict(
-        True,
-        f"rows of '{plate}' are independent given the globals, and the encoder sees all of a row's data",
-    )
+        what = same[0] if same else next(iter(facts.shapes), "x")
+        where = f" in plate '{plate.name}'" if plate else ""
+        key = plate.name if plate else site.name
+        raise ValueError(
+            f"plan_amortization: cannot tell which data inform '{site.name}'{where}: {why}. Plan from at "
+            f"least two rows that differ, or say it: AutoAmortized(model, inputs={{'{key}': ['{what}']}})."
+        )
+
+
+def _related(latents: dict[str, Site]) -> set[str]:
+    """The latents and the sites whose densities depend on them."""
+    return set(latents).union(*(site.children for site in latents.values()))
 
 
 def _overall(verdicts: list[Verdict]) -> Verdict:
@@ -390,26 +580,6 @@ def _overall(verdicts: list[Verdict]) -> Verdict:
         if chosen:
             return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
     raise AssertionError
-
-
-def _block(facts: Structure, name: str, sites: list[Site], sources: tuple[Source, ...], closable: bool | None) -> Block:
-    shapes = tuple(site.shape for site in sites)
-    dims = tuple(_numel(shape) for shape in shapes)
-    rows = _numel(tuple(facts.plates[plate].full_size for plate in sites[0].plates))
-    return Block(
-        name=name,
-        sites=tuple(site.name for site in sites),
-        plates=sites[0].plates,
-        dim=sum(dims),
-        inputs=tuple(source.name for source in sources),
-        features=sum(width(source) for source in sources),
-        amortized=bool(sources),
-        closable=closable,
-        dims=dims,
-        shapes=shapes,
-        sources=sources,
-        rows=rows,
-    )
 
 
 def width(source: Source) -> int:

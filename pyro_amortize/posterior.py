@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
@@ -90,6 +91,8 @@ class Posterior:
 def normal_underneath(fn: Any) -> tuple[Any, list[Any]] | None:
     """Takes off masks, event dimensions and transforms; returns the normal and the transforms, or None."""
     transforms: list[Any] = []
+    if isinstance(fn, dist.MaskedMixture):
+        fn = fn.component1
     while not isinstance(fn, torch.distributions.Normal):
         if isinstance(fn, torch.distributions.TransformedDistribution):
             transforms = list(fn.transforms) + transforms
@@ -100,19 +103,56 @@ def normal_underneath(fn: Any) -> tuple[Any, list[Any]] | None:
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(fn, dist.MaskedMixture):
+        pairs = zip(_prior_moments(fn.component0), _moments(fn.component1), strict=True)
+        mean, stddev = (torch.where(_on_values(fn), own, prior) for prior, own in pairs)
+        return mean, stddev
     base, transforms = normal_underneath(fn)  # type: ignore[misc]
     if not transforms:
         return base.loc, base.scale
     if len(transforms) == 1 and isinstance(transforms[0], ExpTransform):
         mean = (base.loc + base.scale.square() / 2).exp()
         return mean, mean * base.scale.square().expm1().sqrt()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        draws = fn.sample((DRAWS,))
+    draws = _draws(fn)
     return draws.mean(0), draws.std(0)
 
 
+def _on_values(fn: Any) -> Tensor:
+    """Which entries of the values of a mixture by elements are the guide's own."""
+    mask: Tensor = fn.mask.reshape(fn.mask.shape + (1,) * len(fn.event_shape))
+    return mask.expand(fn.shape())
+
+
+def _prior_moments(fn: Any) -> tuple[Tensor, Tensor]:
+    try:
+        return fn.mean, fn.stddev
+    except NotImplementedError:
+        draws = _draws(fn)
+        return draws.mean(0), draws.std(0)
+
+
+def _prior_quantiles(fn: Any, levels: Tensor) -> Tensor:
+    base = fn
+    while isinstance(base, (torch.distributions.Independent, dist.MaskedDistribution)):
+        base = base.base_dist
+    try:
+        value: Tensor = base.icdf(levels.reshape((-1,) + (1,) * len(fn.shape())))
+        return value.expand((-1, *fn.shape()))
+    except NotImplementedError:
+        return torch.quantile(_draws(fn), levels, 0)
+
+
+def _draws(fn: Any) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws: Tensor = fn.sample((DRAWS,))
+    return draws
+
+
 def _quantiles(fn: Any, quantiles: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(fn, dist.MaskedMixture):
+        own = _quantiles(fn.component1, quantiles)
+        return torch.where(_on_values(fn), own, _prior_quantiles(fn.component0, torch.as_tensor(quantiles).to(own)))
     base, transforms = normal_underneath(fn)  # type: ignore[misc]
     levels = torch.as_tensor(quantiles, dtype=base.loc.dtype, device=base.loc.device)
     value = base.icdf(levels.reshape((-1,) + (1,) * base.loc.dim()))

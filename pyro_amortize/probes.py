@@ -5,7 +5,8 @@ indices and the random state, change one thing, run the model again, and look wh
 
 * *row copy*: row k of an argument is written over its row j. If row j of a plate moves and no other, then the
   axis is the plate's; if nothing moves, the argument does not enter; if others move too, rows are coupled.
-* *latent*: half of the elements of a latent are replaced; what moves depends on it.
+* *latent*: half of the elements of a latent are replaced; what moves depends on it. Rows outside its plates that each
+  depend on one element (``b[group]``) are told by replacing elements by the digits of their numbers.
 * *twins*: everything known of row k is written over row j. If the two rows still differ, the model knows
   something of a row that no argument carries.
 
@@ -14,9 +15,10 @@ Nothing is changed by looking: not the random state, the param store, module buf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.parameters import preserved
-from pyro_amortize.structure import Plate, Site, Source, Structure
+from pyro_amortize.structure import Link, Plate, Site, Source, Structure
 from pyro_amortize.supports import generic_value, is_delta, unconstrained_shape
 
 
@@ -131,6 +133,8 @@ class _Examination:
         self.base = self.held.run()
         self.sample_sites = {n: s for n, s in self.base.nodes.items() if s["type"] == "sample"}
         self.plates = {}
+        self.elements: dict[tuple[str, str], Tensor] = {}
+        self.links: list[Link] = []
         for name, site in self.sample_sites.items():
             for frame in site["cond_indep_stack"]:
                 if not frame.vectorized:
@@ -155,16 +159,16 @@ class _Examination:
 
     def structure(self) -> Structure:
         sites = {name: self._site(name) for name in self.factors}
-        sources, hidden, indistinct = {}, {}, []
-        for plate in self.plates.values():
-            found, same = self._sources(plate)
-            sources[plate.name] = tuple(found)
-            hidden[plate.name] = self._hidden(plate, found)
-            indistinct += same
+        sources, indistinct = self._sources()
+        sites = {n: replace(s, mask=self._mask(n, sources)) if s.observed else s for n, s in sites.items()}
+        masked = {name for name, site in sites.items() if site.mask is not None}
+        sources = [replace(s, missing=s.missing or s.reaches <= masked) for s in sources]
+        hidden = {plate.name: self._hidden(plate, sources) for plate in self.plates.values()}
         params = tuple(name for name, node in self.base.nodes.items() if node["type"] == "param")
         shapes = {name: tuple(leaf.shape) for name, leaf in self.held.call.tensors.items()}
         empty = tuple(name for name, leaf in self.held.call.leaves.items() if leaf is None)
-        return Structure(sites, self.plates, sources, hidden, tuple(dict.fromkeys(indistinct)), params, shapes, empty)
+        links = tuple(dict.fromkeys(self.links))
+        return Structure(sites, self.plates, tuple(sources), links, hidden, indistinct, params, shapes, empty)
 
     # What one change moved.
 
@@ -183,35 +187,46 @@ class _Examination:
             else:
                 distance = torch.where(before == after, 0.0, (before - after).abs())
                 distance = torch.where(before.isnan() & after.isnan(), 0.0, distance.nan_to_num(torch.inf))
-                moved[name] = torch.where(distance <= self.noise, 0.0, distance)
+                moved[name] = torch.where(distance <= self.noise, 0.0, distance).cpu()
         self.last = trace
         return moved
 
-    def _rows(self, moved: Tensor, plate: Plate) -> Tensor:
-        """How far each row of a plate moved, from the entries of a log-factor; shape (size,)."""
-        if moved.dim() < -plate.dim:
-            return moved.sum().expand(plate.size)
-        return moved.movedim(plate.dim, 0).reshape(moved.shape[plate.dim], -1).sum(-1).expand(plate.size)
+    def _rows(self, moved: dict[str, Tensor], name: str, plate: Plate) -> Tensor:
+        """How far each element of a plate moved at a site, in it or linked to it; shape (size,)."""
+        distance = moved[name]
+        elements = self.elements.get((plate.name, name))
+        if elements is not None:
+            return distance.new_zeros(plate.size).index_add(0, elements[elements >= 0], distance[elements >= 0])
+        if distance.dim() < -plate.dim:
+            return distance.sum().expand(plate.size)
+        return distance.movedim(plate.dim, 0).reshape(distance.shape[plate.dim], -1).sum(-1).expand(plate.size)
+
+    def _frames(self, name: str) -> list[Plate]:
+        """The plates of a site, outer to inner."""
+        frames = sorted(self.factors[name]["cond_indep_stack"], key=lambda frame: frame.dim)
+        return [self.plates[frame.name] for frame in frames]
+
+    # Latents: what depends on them.
 
     def _site(self, name: str) -> Site:
         site = self.factors[name]
-        frames = sorted((f for f in site["cond_indep_stack"]), key=lambda f: f.dim)
-        plates = tuple(frame.name for frame in frames)
+        plates = self._frames(name)
+        names = tuple(plate.name for plate in plates)
         infer = site["infer"]
         facts: dict[str, Any] = {"markov": "_markov_depth" in infer, "enumerated": infer.get("enumerate") is not None}
         if site["is_observed"]:
             kind, categories = _kind(site["fn"])
-            return Site(name, True, plates, tuple(site["value"].shape), kind=kind, categories=categories, **facts)
+            return Site(name, True, names, tuple(site["value"].shape), kind=kind, categories=categories, **facts)
         discrete = bool(site["fn"].support.is_discrete)
         if discrete or is_delta(site["fn"]):
             shape = tuple(site["fn"].shape())
             children = self._moved_by(name, {name: self._other(name)}) if discrete else frozenset()
-            return Site(name, False, plates, shape, children, fixed=True, discrete=discrete, **facts)
+            return Site(name, False, names, shape, children, fixed=True, discrete=discrete, **facts)
         unconstrained = list(unconstrained_shape(site))
         batch = len(site["fn"].batch_shape)
-        kept = [size for i, size in enumerate(unconstrained) if i - batch not in {f.dim for f in frames}]
-        children, couples, points = self._latent_probe(name, [self.plates[p] for p in plates])
-        return Site(name, False, plates, tuple(kept), children, couples, points, **facts)
+        kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
+        children, couples = self._latent_probe(name, plates)
+        return Site(name, False, names, tuple(kept), children, couples, **facts)
 
     def _other(self, name: str) -> Tensor:
         """Draws a discrete value that differs from the held one, if one turns up."""
@@ -225,69 +240,130 @@ class _Examination:
             return frozenset(self.factors) - {name}
         return frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
 
-    def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], bool, frozenset[str]]:
-        """Replaces about half the elements of a latent; returns its children, whether it couples, what it points to."""
-        site = self.factors[name]
+    def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
+        """Replaces about half the elements of a latent; returns its children, and along which plates it couples."""
         torch.manual_seed(1)
-        value, fresh = site["value"], generic_value(site)
-        half = torch.ones((), dtype=torch.bool)
-        for plate in plates:
-            order = torch.randperm(plate.size)
-            rows = torch.zeros(plate.size, dtype=torch.bool)
-            rows[order[: max(1, plate.size // 2)]] = True
-            half = half & rows.reshape((-1,) + (1,) * (-plate.dim - 1))
-        events = (1,) * len(site["fn"].event_shape)
-        where = half.reshape(half.shape + events).to(value.device)
-        moved = self._changed(latents={name: torch.where(where, fresh, value)})
+        fresh = generic_value(self.factors[name])
+        chosen = {plate.name: _half(plate.size) for plate in plates}
+        moved = self._changed(latents={name: self._mixed(name, fresh, chosen)})
         if moved is None:
-            return frozenset(self.factors) - {name}, True, frozenset()
+            return frozenset(self.factors) - {name}, frozenset(plate.name for plate in plates)
         children = frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
-        couples, points = False, set()
-        own = {plate.name for plate in plates}
-        for child in children | {name}:
-            theirs = {f.name for f in self.factors[child]["cond_indep_stack"]}
-            if own and not own & theirs and not self.factors[child]["is_observed"]:
-                couples = True
-            elif own and not own & theirs:
-                moved_rows = [self._rows(moved[child], self.plates[p]) for p in theirs]
-                part = [r for r in moved_rows if bool(r.any()) and not bool(r.all())]
-                points |= {child} if part else set()
-                couples = couples or not part
-            for plate in plates:
-                if plate.name in theirs and plate.size > 1:
-                    inside = half.expand(half.shape).movedim(plate.dim, 0).reshape(plate.size, -1).any(-1)
-                    couples = couples or bool(self._rows(moved[child].cpu(), plate)[~inside].any())
-        return children, couples, frozenset(points)
+        couples = set()
+        for plate in plates:
+            inside = [n for n in children | {name} if plate in self._frames(n)]
+            spared = ~chosen[plate.name]
+            if plate.size > 1 and any(bool(self._rows(moved, n, plate)[spared].any()) for n in inside):
+                couples.add(plate.name)
+            outside = children - set(inside)
+            if outside and not self._find_links(name, fresh, plate, outside):
+                couples.add(plate.name)
+        return children, frozenset(couples)
+
+    def _mixed(self, name: str, fresh: Tensor, chosen: dict[str, Tensor]) -> Tensor:
+        """Puts fresh values at the chosen elements of some plates."""
+        site = self.factors[name]
+        where = torch.ones((), dtype=torch.bool)
+        for plate, rows in chosen.items():
+            where = where & rows.reshape((-1,) + (1,) * (-self.plates[plate].dim - 1))
+        where = where.reshape(where.shape + (1,) * len(site["fn"].event_shape))
+        return torch.where(where.to(fresh.device), fresh, site["value"])
+
+    def _find_links(self, name: str, fresh: Tensor, plate: Plate, children: frozenset[str] | set[str]) -> bool:
+        """Finds which element of a plate each row of other plates' sites depends on; tells whether on one at most.
+
+        The elements are numbered in binary. Those with a one as their k-th digit are replaced together, then those
+        with a zero: a row that depends on a single element moves in one of the two runs, which is that digit of the
+        element's number, and a row that depends on two elements moves in both runs for some digit.
+        """
+        numbers = torch.arange(plate.size)
+        found = {child: torch.zeros(self.factors[child]["log_prob"].shape, dtype=torch.long) for child in children}
+        depends = dict.fromkeys(children, torch.tensor(False))
+        for digit in range(max(1, (plate.size - 1).bit_length())):
+            runs = []
+            for value in (0, 1):
+                chosen = {plate.name: (numbers >> digit & 1) == value}
+                runs.append(self._changed(latents={name: self._mixed(name, fresh, chosen)}))
+            zeros, ones = runs
+            if zeros is None or ones is None or any(bool(((zeros[c] > 0) & (ones[c] > 0)).any()) for c in children):
+                return False
+            for child in children:
+                found[child] += (ones[child] > 0).long() << digit
+                depends[child] = (ones[child] + zeros[child]) > 0
+        for child in children:
+            link = self._link(child, plate, found[child], depends[child])
+            if link is None:
+                return False
+            self.links.append(link)
+            self.elements[plate.name, child] = torch.where(depends[child], found[child], -1)
+        return True
+
+    def _link(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> Link | None:
+        """Finds the argument that holds each row's element, as it stands or counted from one."""
+        whole = [leaf for leaf in self.held.call.tensors.items() if not leaf[1].is_floating_point()]
+        frames = self._frames(child)
+        for offset in (0, -1):
+            for count in range(1, len(frames) + 1):
+                for rows in combinations(frames, count):
+                    for name, leaf in whole:
+                        for axes in permutations(range(leaf.dim()), count):
+                            cells = self._cells(leaf, axes, rows)
+                            for column in range(0 if cells is None else cells.shape[-1]):
+                                numbers = _spread(cells[..., column], rows)  # type: ignore[index]
+                                if bool(((numbers + offset == elements) | ~depends).all()):
+                                    names = tuple(row.name for row in rows)
+                                    return Link(names, plate.name, name, axes, column, offset)
+        return None
+
+    def _cells(self, leaf: Tensor, axes: tuple[int, ...], plates: tuple[Plate, ...]) -> Tensor | None:
+        """An argument's cells for the present elements of plates, shape (*sizes, rest); None if lengths do not fit."""
+        for axis, plate in zip(axes, plates, strict=True):
+            indices = self.held.indices.get(plate.name)
+            if leaf.shape[axis] == plate.full_size > plate.size and indices is not None:
+                leaf = leaf.index_select(axis, torch.as_tensor(indices, device=leaf.device))
+            if leaf.shape[axis] != plate.size:
+                return None
+        return leaf.movedim(axes, tuple(range(len(axes)))).reshape(*(plate.size for plate in plates), -1).cpu()
 
     # Where data enter.
 
     def _members(self, plate: Plate) -> list[str]:
-        return [name for name, site in self.factors.items() if plate.name in {f.name for f in site["cond_indep_stack"]}]
+        return [name for name in self.factors if plate in self._frames(name)]
 
-    def _sources(self, plate: Plate) -> tuple[list[Source], list[str]]:
-        members = self._members(plate)
-        found, indistinct = [], []
-        explained = {s for s in members if plate.size == 1 and self._is_argument(s)}  # one row tells nothing
+    def _linked(self, plate: Plate) -> list[str]:
+        return [name for name in self.factors if (plate.name, name) in self.elements]
+
+    def _sources(self) -> tuple[list[Source], tuple[str, ...]]:
+        """Finds the arguments with data in them and the observed sites whose data no argument carries."""
+        found: list[Source] = []
+        indistinct: list[str] = []
+        explained = {
+            name
+            for name in self.factors
+            if all(plate.size == 1 for plate in self._frames(name)) and self._is_argument(name)  # one row tells nothing
+        }
         for name, leaf in self.held.call.tensors.items():
-            if self._is_index(leaf, plate):
-                continue
-            best: Source | None = None
-            distinct = tried = False
-            for axis, length in enumerate(leaf.shape):
-                if length in (plate.size, plate.full_size) and plate.size > 1:
-                    tried = True
-                    source, differs, touched = self._row_copy(name, leaf, axis, plate, members)
-                    distinct |= differs
-                    explained |= touched
-                    if source is not None and (best is None or (best.couples and not source.couples)):
-                        best = source
-            if best is not None:
-                found.append(best)
-            elif tried and not distinct:
+            claims: list[_Claim] = []
+            tried = distinct = False
+            for plate in self.plates.values():
+                if self._is_index(leaf, plate):
+                    continue
+                best: _Claim | None = None
+                for axis, length in enumerate(leaf.shape):
+                    if length in (plate.size, plate.full_size) and plate.size > 1:
+                        tried = True
+                        claim, differs, touched = self._row_copy(name, leaf, axis, plate)
+                        distinct |= differs
+                        explained |= touched
+                        if claim is not None and (best is None or (best.couples and not claim.couples)):
+                            best = claim
+                claims += [best] if best is not None else []
+            found += self._from_claims(name, leaf, claims)
+            if tried and not claims and not distinct:
                 indistinct.append(name)
-                explained |= {s for s in members if self._feeds_equal_rows(leaf, s)}
-        found += [self._from_site(s, plate) for s in members if self._stands_alone(s, explained)]
-        return found, indistinct
+                explained |= {s for s in self.factors if self._feeds_equal_rows(leaf, s)}
+        found += [self._from_site(name) for name in self.factors if self._stands_alone(name, explained)]
+        return found, tuple(indistinct)
 
     def _is_index(self, leaf: Tensor, plate: Plate) -> bool:
         indices = self.held.indices.get(plate.name)
@@ -298,24 +374,60 @@ class _Examination:
 
     def _stands_alone(self, name: str, explained: set[str]) -> bool:
         site = self.factors[name]
-        return site["is_observed"] and not site_is_factor(site) and name not in explained
+        in_plates = any(plate.size > 1 for plate in self._frames(name))
+        return in_plates and site["is_observed"] and not site_is_factor(site) and name not in explained
 
-    def _from_site(self, name: str, plate: Plate) -> Source:
+    def _from_site(self, name: str) -> Source:
         site = self.factors[name]
         kind, categories = _kind(site["fn"])
-        value = self._site_rows(site, plate)
+        plates = self._frames(name)
+        names, dims = tuple(plate.name for plate in plates), tuple(plate.dim for plate in plates)
+        value = site_cells(site["value"], len(site["fn"].event_shape), plates)
+        shape = tuple(value.shape[len(plates) :])
+        missing = _has_nan(value)
         return Source(
-            name, None, False, tuple(value.shape[1:]), frozenset({name}), False, name, kind, categories, _has_nan(value)
-        )
+            name, names, None, dims, shape, frozenset({name}), feeds=name, kind=kind, categories=categories,
+            missing=missing,
+        )  # fmt: skip
 
-    def _site_rows(self, site: Any, plate: Plate) -> Tensor:
-        """An observed site's values, a row an element of the plate."""
-        return site_rows(site["value"], len(site["fn"].event_shape), plate)
+    def _from_claims(self, name: str, leaf: Tensor, claims: list[_Claim]) -> list[Source]:
+        """Makes one source of an argument's axes; several if the plates of one axis never stand around one site."""
+        clean = {claim.axis for claim in claims if not claim.couples}
+        claims = [claim for claim in claims if not (claim.couples and claim.axis in clean)]
+        together = {frozenset(c.plate.name for c in claims if site in c.reaches) for c in claims for site in c.reaches}
+        sources = []
+        for names in sorted((t for t in together if not any(t < other for other in together)), key=sorted):
+            mine = sorted((c for c in claims if c.plate.name in names), key=lambda claim: claim.plate.dim)
+            if len({claim.axis for claim in mine}) < len(mine):
+                continue
+            plates, axes = [claim.plate for claim in mine], tuple(claim.axis for claim in mine)
+            cells = self._cells(leaf, axes, tuple(plates))
+            feeds = next((s for s in self.factors if cells is not None and self._is_value(cells, s, plates)), None)
+            kind, categories = "binary" if leaf.dtype == torch.bool else "real", 0
+            if feeds is not None:
+                kind, categories = _kind(self.factors[feeds]["fn"])
+            sources.append(
+                Source(
+                    name,
+                    tuple(plate.name for plate in plates),
+                    axes,
+                    tuple(plate.dim for plate in plates),
+                    tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes),
+                    frozenset().union(*(claim.reaches for claim in mine)),
+                    frozenset(claim.plate.name for claim in mine if claim.indexed),
+                    frozenset(claim.plate.name for claim in mine if claim.couples),
+                    feeds,
+                    kind,
+                    categories,
+                    _has_nan(leaf),
+                )
+            )
+        return sources
 
-    def _row_copy(
-        self, name: str, leaf: Tensor, axis: int, plate: Plate, members: list[str]
-    ) -> tuple[Source | None, bool, set[str]]:
+    def _row_copy(self, name: str, leaf: Tensor, axis: int, plate: Plate) -> tuple[_Claim | None, bool, set[str]]:
         """Writes rows of an argument over others; returns what that says, whether rows differ, what values moved."""
+        members = self._members(plate)
+        related = members + self._linked(plate)
         rows = leaf.movedim(axis, 0)
         indices = self.held.indices.get(plate.name)
         picked = torch.as_tensor(indices).cpu() if indices is not None else torch.arange(plate.size)
@@ -328,7 +440,7 @@ class _Examination:
         couples = False
         indexed = full and subsampled
         differs = bool((_flat(rows) != _flat(rows)[:1]).any())
-        matter = self._rows_that_matter(name, leaf, axis, plate, members) if differs else torch.arange(plate.size)
+        matter = self._rows_that_matter(name, leaf, axis, plate, related) if differs else torch.arange(plate.size)
         touched |= self._values_moved(members) if differs else set()
         targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
         for target, origin in _distinct_pairs(rows, targets):
@@ -340,9 +452,8 @@ class _Examination:
                 couples = True
                 continue
             touched |= self._values_moved(members)
-            for site in members:
-                distance = self._rows(moved[site].cpu(), plate)
-                where = distance > 0
+            for site in related:
+                where = self._rows(moved, site, plate) > 0
                 if not bool(where.any()):
                     continue
                 reaches.add(site)
@@ -351,41 +462,24 @@ class _Examination:
                 if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
                     indexed, place = True, positions[target]
                 couples = couples or int(where.sum()) > int(bool(where[place]))
-            if any(bool(m.any()) for n, m in moved.items() if n not in members):
+            if any(bool(m.any()) for n, m in moved.items() if n not in related):
                 couples = couples or bool(reaches)
-            swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, members)
+            swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
         if not reaches or (everywhere and not swaps and plate.size > 2):
             return None, differs, touched
-        kept = rows if not indexed else rows[picked.to(rows.device)]
-        feeds = next((s for s in members if self._is_value(kept, s, plate)), None)
-        kind, categories = (
-            _kind(self.factors[feeds]["fn"]) if feeds else ("binary" if leaf.dtype == torch.bool else "real", 0)
-        )
-        source = Source(
-            name,
-            axis,
-            indexed,
-            tuple(rows.shape[1:]),
-            frozenset(reaches),
-            couples,
-            feeds,
-            kind,
-            categories,
-            _has_nan(leaf),
-        )
-        return source, differs, touched
+        return _Claim(plate, axis, indexed, frozenset(reaches), couples), differs, touched
 
-    def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, members: list[str]) -> Tensor:
+    def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> Tensor:
         """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
         moved = self._changed(leaves={name: leaf.roll(1, axis)})
         if moved is None:
             return torch.arange(plate.size)
-        distance = torch.stack([self._rows(moved[site].cpu(), plate) for site in members]).sum(0)
+        distance = torch.stack([self._rows(moved, site, plate) for site in sites]).sum(0)
         return distance.nonzero().flatten()
 
     def _swap_is_local(
-        self, name: str, leaf: Tensor, axis: int, j: int, k: int | None, plate: Plate, members: list[str]
+        self, name: str, leaf: Tensor, axis: int, j: int, k: int | None, plate: Plate, sites: list[str]
     ) -> bool:
         """Swaps two rows of an argument, which changes no sum over rows; tells whether two rows of the plate moved."""
         if k is None:
@@ -395,7 +489,7 @@ class _Examination:
         moved = self._changed(leaves={name: copy})
         if moved is None:
             return False
-        distance = torch.stack([self._rows(moved[site].cpu(), plate) for site in members]).sum(0)
+        distance = torch.stack([self._rows(moved, site, plate) for site in sites]).sum(0)
         return 0 < int((distance > 1e-4 * distance.max()).sum()) <= 2
 
     def _is_argument(self, name: str) -> bool:
@@ -417,34 +511,53 @@ class _Examination:
                 moved |= set() if same else {name}
         return moved
 
-    def _is_value(self, rows: Tensor, name: str, plate: Plate) -> bool:
+    def _is_value(self, cells: Tensor, name: str, plates: list[Plate]) -> bool:
         site = self.factors[name]
-        if not site["is_observed"] or site_is_factor(site):
+        if not site["is_observed"] or site_is_factor(site) or not set(plates) <= set(self._frames(name)):
             return False
-        value = self._site_rows(site, plate)
-        if value.numel() != rows.numel() or len(value) != len(rows):
+        value = site_cells(site["value"], len(site["fn"].event_shape), plates).cpu()
+        if value.numel() != cells.numel():
             return False
-        return torch.equal(
-            torch.nan_to_num(value.reshape(len(rows), -1)), torch.nan_to_num(rows.reshape(len(rows), -1))
-        )
+        return torch.equal(torch.nan_to_num(value.reshape(cells.shape)), torch.nan_to_num(cells))
+
+    def _mask(self, name: str, sources: list[Source]) -> str | None:
+        """Finds where an observed site's mask stands: in an argument, in an argument's NaN, or only in the model."""
+        site = self.factors[name]
+        mask = site_mask(site)
+        if mask is None:
+            return None
+        plates = self._frames(name)
+        mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
+        for source in sources:
+            if source.axes is None or source.plates != tuple(plate.name for plate in plates):
+                continue
+            leaf = self.held.call.tensors[source.name]
+            if leaf.dtype != torch.bool and not (source.feeds == name and _has_nan(leaf)):
+                continue
+            cells = self._cells(leaf if leaf.dtype == torch.bool else ~leaf.isnan(), source.axes, tuple(plates))
+            if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
+                return source.name
+        return ""
 
     def _hidden(self, plate: Plate, sources: list[Source]) -> bool | None:
-        """Makes two rows twins in all that is known of them, and sees whether their densities agree."""
+        """Makes two elements twins in all that is known of them, and sees whether their densities agree."""
+        sources = [source for source in sources if plate.name in source.plates]
         members = self._members(plate)
-        if plate.size < 2 or not sources or any(source.couples for source in sources):
+        if plate.size < 2 or not sources or any(plate.name in source.couples for source in sources):
             return None
         leaves, latents, observed = {}, {}, {}
         target, origin = 0, 1
         indices = self.held.indices.get(plate.name)
         for source in sources:
-            if source.axis is None:
+            if source.axes is None:
                 site = self.factors[source.name]
-                observed[source.name] = _row_over(
-                    site["value"], plate.dim - len(site["fn"].event_shape), target, origin
-                )
+                axis = plate.dim - len(site["fn"].event_shape)
+                observed[source.name] = _row_over(site["value"], axis, target, origin)
             else:
-                to, fro = (int(indices[target]), int(indices[origin])) if source.indexed else (target, origin)  # type: ignore[index]
-                leaves[source.name] = _row_over(self.held.call.leaves[source.name], source.axis, to, fro)
+                indexed = plate.name in source.indexed
+                to, fro = (int(indices[target]), int(indices[origin])) if indexed else (target, origin)  # type: ignore[index]
+                axis = source.axes[source.plates.index(plate.name)]
+                leaves[source.name] = _row_over(self.held.call.leaves[source.name], axis, to, fro)
         for name in members:
             site = self.factors[name]
             if not site["is_observed"]:
@@ -460,13 +573,54 @@ class _Examination:
         return False
 
 
-def site_rows(value: Tensor, event_dim: int, plate: Plate) -> Tensor:
-    """Returns an observed value with the plate's axis first, expanded where it was broadcast."""
-    dim = plate.dim - event_dim
-    if value.dim() < -dim:
-        return value.expand((plate.size, *value.shape))
-    rows = value.movedim(dim, 0)
-    return rows.expand((plate.size, *rows.shape[1:]))
+@dataclass(frozen=True)
+class _Claim:
+    """That an argument's axis is a plate's."""
+
+    plate: Plate
+    axis: int
+    indexed: bool
+    reaches: frozenset[str]
+    couples: bool
+
+
+def site_cells(value: Tensor, event_dim: int, plates: Sequence[Plate]) -> Tensor:
+    """Returns an observed value with its plates' axes first, expanded where it was broadcast."""
+    dims = [plate.dim - event_dim for plate in plates]
+    value = value.reshape((1,) * (max((-dim for dim in dims), default=0) - value.dim()) + value.shape)
+    cells = value.movedim(dims, list(range(len(dims)))) if dims else value
+    return cells.expand((*(plate.size for plate in plates), *cells.shape[len(dims) :]))
+
+
+def site_mask(site: Any) -> Tensor | None:
+    """Returns which entries of an observed site count, shape of its value; None if all do."""
+    value, fn = site["value"], site["fn"]
+    masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    found = None
+    for mask, event_dim in masks:
+        mask = torch.as_tensor(mask, device=value.device)
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+        found = mask if found is None else found & mask
+    return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
+
+
+def _half(size: int) -> Tensor:
+    """Marks about half the elements, at random."""
+    rows = torch.zeros(size, dtype=torch.bool)
+    rows[torch.randperm(size)[: max(1, size // 2)]] = True
+    return rows
+
+
+def _spread(numbers: Tensor, plates: Sequence[Plate]) -> Tensor:
+    """Brings a tensor with an axis a plate, outer to inner, to the plates' own dims."""
+    shape = [1] * max(-plate.dim for plate in plates)
+    for plate in plates:
+        shape[plate.dim] = plate.size
+    return numbers.reshape(shape)
 
 
 def _row_over(value: Tensor, axis: int, target: int, origin: int) -> Tensor:

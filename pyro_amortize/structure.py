@@ -24,11 +24,12 @@ class Site:
         plates: Names, outer to inner.
         shape: Of one element in unconstrained space, plate axes removed (latents); of its values (observed).
         children: Sites whose density depends on this latent, itself apart.
-        couples: Whether one element of this latent moves the densities of other elements of its plates.
-        points: Sites of other plates of which each row depends on some elements of this latent only.
+        couples: Plates along which one element of this latent moves the densities of others.
         fixed: Whether it has no free continuous value: a ``Delta``, or discrete.
         kind: What its values are: "real", "count", "level" (a count with an upper bound), "category" or "binary";
             ``categories`` counts them.
+        mask: Whether a mask covers some of its values, and where that stands: None for no mask, "" where only a run
+            of the model tells, else the argument that is the mask, or whose NaN it covers.
     """
 
     name: str
@@ -36,37 +37,41 @@ class Site:
     plates: tuple[str, ...]
     shape: tuple[int, ...]
     children: frozenset[str] = frozenset()
-    couples: bool = False
-    points: frozenset[str] = frozenset()
+    couples: frozenset[str] = frozenset()
     fixed: bool = False
     discrete: bool = False
     enumerated: bool = False
     markov: bool = False
     kind: str = "real"
     categories: int = 0
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Data with a row for every element of a plate: an argument, or the values of an observed site.
+    """Data with a cell for every element of some plates: an argument, or the values of an observed site.
 
     Attributes:
         name: The argument as one writes it (``batch['y']``), or the site.
-        axis: The plate's axis in the argument; None for a site, whose rows stand at the plate's own dim.
-        indexed: Whether the model picks the plate's subsample out of it, rather than using it as it stands.
-        shape: Of one row.
+        plates: The plates, outer to inner.
+        axes: The axis of each plate in the argument; None for a site, whose plates stand at their own dims.
+        dims: The plates' own dims.
+        shape: Of one cell.
         reaches: Sites whose density it enters.
-        couples: Whether one row of it moves the densities of other rows.
+        indexed: Plates whose subsample the model picks out of it, rather than using it as it stands.
+        couples: Plates along which one cell of it moves the densities of other elements.
         feeds: The observed site whose values it is.
-        missing: Whether it holds NaN.
+        missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
     """
 
     name: str
-    axis: int | None
-    indexed: bool
+    plates: tuple[str, ...]
+    axes: tuple[int, ...] | None
+    dims: tuple[int, ...]
     shape: tuple[int, ...]
     reaches: frozenset[str]
-    couples: bool = False
+    indexed: frozenset[str] = frozenset()
+    couples: frozenset[str] = frozenset()
     feeds: str | None = None
     kind: str = "real"
     categories: int = 0
@@ -74,11 +79,31 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Structure:
-    """Facts about a model. ``sources`` and ``hidden`` are given a plate each.
+class Link:
+    """Rows that belong to one element each of another plate, as ``b[group]`` says.
 
     Attributes:
-        hidden: Whether rows with equal data still differ; None where this could not be tried.
+        rows: The plates of the rows, outer to inner.
+        to: The plate whose elements they belong to.
+        argument: What holds the number of each row's element, less ``offset``.
+        axes: The axis of each of the rows' plates in the argument.
+        column: Which number of a row it is, where the argument holds several.
+    """
+
+    rows: tuple[str, ...]
+    to: str
+    argument: str
+    axes: tuple[int, ...]
+    column: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Facts about a model.
+
+    Attributes:
+        hidden: Whether elements of a plate with equal data still differ; None where this could not be tried.
         indistinct: Arguments whose rows are all equal, so that nothing can be told of them.
         params: Names of the model's own parameters in the param store.
         shapes: Of the arguments that are tensors.
@@ -87,7 +112,8 @@ class Structure:
 
     sites: dict[str, Site]
     plates: dict[str, Plate]
-    sources: dict[str, tuple[Source, ...]]
+    sources: tuple[Source, ...]
+    links: tuple[Link, ...]
     hidden: dict[str, bool | None]
     indistinct: tuple[str, ...] = ()
     params: tuple[str, ...] = ()

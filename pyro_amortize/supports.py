@@ -86,6 +86,13 @@ def is_delta(fn: Any) -> bool:
     return isinstance(fn, dist.Delta)
 
 
+def is_improper(fn: Any) -> bool:
+    """Tells whether a distribution cannot be drawn from, however wrapped."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform)
+
+
 def init_to_center(site: Any) -> Tensor:
     """Starts a site at its prior's median where that has a closed form, else at its mean, else at the image of zero.
 

@@ -346,7 +346,7 @@ def minibatch(x):
 # Masks and scales.
 
 
-@zoo(lambda rows: ((base(1)[rows], (base(3) > -0.5)[rows]), {}), {"z": {"x", "mask"}})
+@zoo(lambda rows: ((base(1)[rows], (base(3) > -0.5)[rows]), {}), {"z": {"x"}})
 def mask_and_scale(x, mask):
     with pyro.plate("n", len(x)):
         z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
@@ -356,7 +356,7 @@ def mask_and_scale(x, mask):
 
 @zoo(
     lambda rows: ((base(1)[rows], (base(3) > -0.5)[rows]), {}),
-    {"z": {"x", "observed"}},
+    {"z": {"x"}},
     left=("x_unobserved",),
 )
 def obs_mask(x, observed):

@@ -10,7 +10,8 @@ import pyro_amortize
 PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
-    {"arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "encoders", "families", "posterior"},
+    {"arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families", "posterior"},
+    {"encoders", "levels"},
     {"probes"},
     {"plan"},
     {"inputs"},

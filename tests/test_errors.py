@@ -152,30 +152,6 @@ def test_markov():
         plan_amortization(model, X)
 
 
-@pytest.mark.parametrize("where", ["latent", "observed"])
-def test_nested_plates(where):
-    def model(x):
-        with pyro.plate("n", 4, dim=-1):
-            z = pyro.sample("z", normal())
-            with pyro.plate("m", 3, dim=-2):
-                w = pyro.sample("w", normal(z)) if where == "latent" else z
-                pyro.sample("x", normal(w), obs=x)
-
-    with refuses(NotImplementedError, r"site '\w' stands in the nested or crossed plates.*to_event\(1\)"):
-        plan_amortization(model, X.reshape(3, 4))
-
-
-def test_indexed_groups():
-    def model(group, y):
-        with pyro.plate("groups", 4):
-            b = pyro.sample("b", normal())
-        with pyro.plate("n", len(y)):
-            pyro.sample("y", normal(b[group]), obs=y)
-
-    with refuses(NotImplementedError, r"site 'y' picks an element of 'b'.*expose=\['b'\]"):
-        plan_amortization(model, torch.arange(12) % 4, X)
-
-
 @pytest.mark.parametrize("x", [torch.ones(12), X[:1]], ids=["equal-rows", "one-row"])
 def test_rows_that_tell_nothing(x):
     with refuses(ValueError, r"cannot tell which data inform 'z' in plate 'n'.*inputs=\{'n': \['x'\]\}"):
@@ -269,10 +245,10 @@ def test_names_that_are_no_site(option):
         ready(local, X, **{option: {"y": Table() if option == "encoder" else "x"}})
 
 
-def test_an_encoder_for_a_global():
-    args, _ = CASES["linear"].example()
-    with refuses(NotImplementedError, r"encoder=\{'theta': ...\}.*no rows of data inform 'theta'.*Leave it out"):
-        ready(CASES["linear"].make(), *args, encoder={"theta": MLP()})
+def test_an_encoder_for_elements_without_data():
+    args, _ = CASES["plate_of_globals"].example()
+    with refuses(ValueError, r"encoder=\{'w': ...\}.*no rows of data inform 'w'.*Leave it out"):
+        ready(CASES["plate_of_globals"].make(), *args, encoder={"w": MLP()})
 
 
 def test_an_encoder_factory_that_makes_no_module():

@@ -48,7 +48,7 @@ def test_parameters_exist_after_initialize():
 def test_a_second_initialize_before_training_replaces_the_statistics():
     _, guide, (x,), _ = guide_of("linear")
     guide.initialize(100 + 5 * x)
-    preparation = guide.preparation_of(guide.plan.block_of("z"))
+    (preparation,) = guide.preparation_of(guide.plan.block_of("z"))
     torch.testing.assert_close(preparation.shift, (100 + 5 * x).mean(0, keepdim=True))
     torch.testing.assert_close(preparation.scale, (5 * x).std(0, keepdim=True, unbiased=False))
 

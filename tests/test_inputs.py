@@ -3,22 +3,26 @@
 import pytest
 import torch
 
-from pyro_amortize.inputs import Inputs, pick_rows
-from pyro_amortize.plan import Block, width
+from pyro_amortize.inputs import Inputs, Present, pick_cells
+from pyro_amortize.plan import width
 from pyro_amortize.structure import Source
 
 DTYPE = torch.float64
 
 
 def source(name="x", shape=(), **facts):
-    return Source(**{"name": name, "axis": 0, "indexed": False, "shape": shape, "reaches": frozenset(["x"]), **facts})
+    rest = {"plates": ("n",), "axes": (0,), "dims": (-1,), "reaches": frozenset(["x"])}
+    return Source(**{"name": name, "shape": shape, **rest, **facts})
 
 
-def prepared(sources, data, prepare="auto", new=None):
-    block = Block("n", ("z",), ("n",), 1, ("x",), 0, True, True, (1,), ((),), tuple(sources), 8)
-    inputs = Inputs(block, prepare)
-    inputs.measure(data, DTYPE)
-    return inputs(data if new is None else new, DTYPE)
+def prepared(sources, data, prepare="auto", new=None, present=None):
+    inputs = Inputs(tuple(sources), prepare)
+    inputs.measure([(value, present) for value in data], DTYPE)
+    return inputs([(value, present) for value in (data if new is None else new)], DTYPE)
+
+
+def pick(source, value, size, full_size, indices=None):
+    return pick_cells(source, value, {"n": Present(size, full_size, indices)})
 
 
 def test_reals_are_standardized():
@@ -89,7 +93,7 @@ def test_a_feature_that_is_all_nan_is_zero():
 
 
 def test_new_nan_is_refused_where_no_column_can_mark_it():
-    with pytest.raises(ValueError, match=r"'x' holds NaN.*block 'n'.*x.nan_to_num\(\)"):
+    with pytest.raises(ValueError, match=r"'x' holds NaN.*.*x.nan_to_num\(\)"):
         prepared([source()], [torch.ones(3)], new=[torch.tensor([torch.nan])])
 
 
@@ -140,33 +144,49 @@ def test_infinities_are_not_hidden():
 
 def test_rows_as_they_stand():
     x = torch.randn(5, 2)
-    assert torch.equal(pick_rows(source(shape=(2,)), x, "n", 5, 5, None), x)
+    assert torch.equal(pick(source(shape=(2,)), x, 5, 5, None), x)
 
 
 def test_rows_of_another_axis_come_first():
     x = torch.randn(2, 5)
-    assert torch.equal(pick_rows(source(axis=1, shape=(2,)), x, "n", 5, 5, None), x.T)
+    assert torch.equal(pick(source(axes=(1,), shape=(2,)), x, 5, 5, None), x.T)
 
 
 def test_an_argument_of_the_full_size_is_indexed():
     x = torch.randn(5)
     index = torch.tensor([3, 1])
-    assert torch.equal(pick_rows(source(), x, "n", 2, 5, index), x[index])
+    assert torch.equal(pick(source(), x, 2, 5, index), x[index])
 
 
 def test_an_argument_of_the_subsamples_size_is_used_as_it_stands():
     x = torch.randn(2)
-    assert torch.equal(pick_rows(source(), x, "n", 2, 5, torch.tensor([3, 1])), x)
+    assert torch.equal(pick(source(), x, 2, 5, torch.tensor([3, 1])), x)
 
 
 def test_an_index_of_all_rows_may_permute_them():
     x = torch.randn(3)
     index = torch.tensor([2, 0, 1])
-    assert torch.equal(pick_rows(source(indexed=True), x, "n", 3, 3, index), x[index])
+    assert torch.equal(pick(source(indexed=frozenset(["n"])), x, 3, 3, index), x[index])
 
 
-def test_none_stays_none():
-    assert pick_rows(source(), None, "n", 3, 3, None) is None
+def test_an_argument_is_taken_whole_along_plates_that_are_pooled():
+    y = torch.randn(4, 5)
+    nested = source("y", plates=("groups", "n"), axes=(0, 1), dims=(-2, -1))
+    cells = pick_cells(nested, y, {"groups": Present(2, 4, torch.tensor([3, 1]))})
+    assert torch.equal(cells, y[[3, 1]])
+
+
+def test_what_a_mask_covers_does_not_show():
+    present = torch.tensor([True, False, True])
+    s = source(missing=True)
+    first, second = (prepared([s], [torch.tensor([1.0, hidden, 3.0])], present=present) for hidden in (5.0, torch.nan))
+    assert first.tolist() == second.tolist() == [[-1, 0], [0, 1], [1, 0]]
+
+
+def test_masked_categories_are_all_zero():
+    s = source(kind="category", categories=2, missing=True)
+    features = prepared([s], [torch.tensor([1, 7, 0])], present=torch.tensor([True, False, True]))
+    assert features.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -181,4 +201,4 @@ def test_none_stays_none():
 )
 def test_arguments_that_do_not_fit_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
-        pick_rows(source(shape=(4,)), value, "n", 3, 3, None)
+        pick(source(shape=(4,)), value, 3, 3)

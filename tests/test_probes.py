@@ -27,8 +27,8 @@ def facts(model, *args, **kwargs):
     return examine(model, args, kwargs)
 
 
-def sources(model, *args, plate="n", **kwargs):
-    return {source.name: source for source in facts(model, *args, **kwargs).sources[plate]}
+def sources(model, *args, **kwargs):
+    return {source.name: source for source in facts(model, *args, **kwargs).sources}
 
 
 def zoo_sources(name, rows=None):
@@ -69,7 +69,9 @@ def zoo_sources(name, rows=None):
 )
 def test_sources(name, expected):
     found = zoo_sources(name)
-    assert {n: (s.axis, s.indexed, s.shape, set(s.reaches), s.feeds) for n, s in found.items()} == expected
+    seen = {n: (s.axes and s.axes[0], bool(s.indexed), s.shape, set(s.reaches), s.feeds) for n, s in found.items()}
+    assert seen == expected
+    assert all(source.plates == ("n",) for source in found.values())
     assert not any(source.couples for source in found.values())
 
 
@@ -202,8 +204,11 @@ def test_rows_that_hold_nan_under_a_mask():
                 pyro.sample("x", normal(z), obs=x.nan_to_num())
 
     x = torch.randn(9)
-    assert not sources(model, x)["x"].missing
-    assert sources(model, torch.where(x > 1, torch.nan, x))["x"].missing
+    assert facts(lambda x: local(x, lambda z, i: z), x).sites["x"].mask is None
+    assert facts(model, x).sites["x"].mask == ""  # all are there: only a run of the model tells of other data
+    found = facts(model, torch.where(x > 0.5, torch.nan, x))
+    assert found.sites["x"].mask == "x"
+    assert found.sources[0].missing
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
@@ -213,7 +218,7 @@ def test_sizes_that_agree_do_not_confuse_the_axes(axis):
             z = pyro.sample("z", normal())
             pyro.sample("x", dist.Normal(z[:, None].expand(5, 5), 1.0).to_event(1), obs=x if axis == 0 else x.T)
 
-    assert sources(model, torch.randn(5, 5))["x"].axis == axis
+    assert sources(model, torch.randn(5, 5))["x"].axes == (axis,)
 
 
 # Coupling.
@@ -238,7 +243,7 @@ COUPLED_LATENTS = {
 def test_coupled_rows_of_data_are_a_source_all_the_same(model, seed):
     torch.manual_seed(seed)
     found = facts(model, torch.randn(20))
-    assert [(source.name, source.axis, source.couples) for source in found.sources["n"]] == [("x", 0, True)]
+    assert [(source.name, source.axes, source.couples) for source in found.sources] == [("x", (0,), {"n"})]
     assert not found.sites["z"].couples
 
 
@@ -246,7 +251,7 @@ def test_coupled_rows_of_data_are_a_source_all_the_same(model, seed):
 def test_coupled_latents(model):
     found = facts(model, torch.randn(9))
     assert found.sites["z"].couples
-    assert [(source.name, source.couples) for source in found.sources["n"]] == [("x", False)]
+    assert [(source.name, source.couples) for source in found.sources] == [("x", frozenset())]
 
 
 @pytest.mark.parametrize("name", ["linear", "supports", "square", "masked_prior", "subsample_size", "plate_of_globals"])
@@ -326,16 +331,81 @@ def test_plates():
     assert (plate.name, plate.dim, plate.size, plate.full_size) == ("n", -1, 5, 12)
 
 
-def test_indexed_groups_point():
-    def model(group, y):
-        with pyro.plate("groups", 4):
-            b = pyro.sample("b", normal())
-        with pyro.plate("n", len(y)):
-            pyro.sample("y", normal(b[group]), obs=y)
+def grouped(group, y, pick=lambda group: group, loc=lambda b, group: b[group]):
+    with pyro.plate("groups", 5):
+        b = pyro.sample("b", normal().expand([5]))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", normal(loc(b, pick(group))), obs=y)
 
-    found = facts(model, torch.arange(20) % 4, torch.randn(20))
-    assert found.sites["b"].points == {"y"}
+
+Y, GROUP = torch.randn(20), torch.arange(20) * 7 % 5
+LINKS = {
+    "as it stands": (GROUP, lambda group: group, (0, 0)),
+    "counted from one": (GROUP + 1, lambda group: group - 1, (0, -1)),
+    "one of several columns": (torch.stack([GROUP.flip(0), GROUP], 1), lambda index: index[:, 1], (1, 0)),
+}
+
+
+@pytest.mark.parametrize(("group", "pick", "expected"), LINKS.values(), ids=LINKS.keys())
+def test_indexed_groups_are_links(group, pick, expected):
+    found = facts(grouped, group, Y, pick)
     assert not found.sites["b"].couples
+    (link,) = found.links
+    assert (link.rows, link.to, link.argument, link.axes) == (("n",), "groups", "group", (0,))
+    assert (link.column, link.offset) == expected
+
+
+COUPLED_GROUPS = {
+    "two elements a row": lambda b, group: b[group] - b[(group + 1) % 5],
+    "one element, and a little of all": lambda b, group: b[group] + 1e-2 * b.mean(),
+    "running sums": lambda b, group: b.cumsum(0)[group],
+}
+
+
+@pytest.mark.parametrize("loc", COUPLED_GROUPS.values(), ids=COUPLED_GROUPS.keys())
+def test_rows_that_depend_on_several_elements_are_no_links(loc):
+    found = facts(grouped, GROUP, Y, loc=loc)
+    assert found.links == ()
+    assert found.sites["b"].couples == {"groups"}
+
+
+def test_an_index_that_no_argument_holds_is_no_link():
+    found = facts(grouped, Y, Y, lambda _: GROUP)
+    assert found.links == ()
+
+
+def test_groups_that_no_row_points_to_do_not_hide_the_link():
+    group = torch.tensor([0, 3] * 10)
+    (link,) = facts(grouped, group, Y).links
+    assert link.argument == "group"
+
+
+@pytest.mark.parametrize(
+    ("data", "plates", "axes", "shape"),
+    [
+        (torch.randn(6, 5), ("outer", "inner"), (0, 1), ()),
+        (torch.randn(5, 5), ("outer", "inner"), (0, 1), ()),
+        (torch.randn(6, 5, 3), ("outer", "inner"), (0, 1), (3,)),
+        (torch.randn(5, 5, 5), ("outer", "inner"), (0, 1), (5,)),
+    ],
+    ids=lambda value: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else "",
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nested_plates_have_an_axis_each(data, plates, axes, shape, transposed):
+    def model(y, t):
+        y = y.transpose(0, 1) if transposed else y
+        with pyro.plate("outer", y.shape[0], dim=-2):
+            z = pyro.sample("z", normal())
+            with pyro.plate("inner", y.shape[1], dim=-1):
+                w = pyro.sample("w", normal(z + t))
+                loc = w.reshape(w.shape + (1,) * len(shape)).expand(y.shape)
+                pyro.sample("y", dist.Normal(loc, 1.0).to_event(len(shape)), obs=y)
+
+    found = sources(model, data.transpose(0, 1) if transposed else data, torch.randn(data.shape[1]))
+    assert (found["y"].plates, found["y"].axes, found["y"].shape) == (plates, axes[::-1] if transposed else axes, shape)
+    assert (found["t"].plates, found["t"].axes, found["t"].reaches) == (("inner",), (0,), {"w"})
+    assert not found["y"].couples
+    assert found["y"].feeds == "y"
 
 
 def test_deterministic_sites_are_no_sites():
@@ -384,7 +454,7 @@ def test_hidden_knowledge_of_rows():
 def test_equal_rows_cannot_be_told():
     found = facts(lambda x, c: local(x, lambda z, i: z + c), torch.randn(9), torch.ones(9))
     assert found.indistinct == ("c",)
-    assert {source.name for source in found.sources["n"]} == {"x"}
+    assert {source.name for source in found.sources} == {"x"}
 
 
 def test_masks_of_equal_rows_are_flipped():
