@@ -344,8 +344,8 @@ class GuidedRun(Messenger):
             if node is None or not node["is_observed"]:
                 return None
             return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
-        value = self.call.leaves.get(source.name)
-        return None if value is None else pick_cells(source, value, plates)
+        argument = self.call.leaves.get(source.name)
+        return None if argument is None else pick_cells(source, argument, plates)
 
     def _picked(self, source: Source, value: Tensor, event_dim: int, plates: dict[str, Present]) -> Tensor:
         """Returns an observed site's values for the plates' present elements, as they were looked up."""

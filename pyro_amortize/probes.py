@@ -133,7 +133,6 @@ class _Examination:
         self.base = self.held.run()
         self.sample_sites = {n: s for n, s in self.base.nodes.items() if s["type"] == "sample"}
         self.plates = {}
-        self.elements: dict[tuple[str, str], Tensor] = {}
         self.links: list[Link] = []
         for name, site in self.sample_sites.items():
             for frame in site["cond_indep_stack"]:
@@ -194,9 +193,10 @@ class _Examination:
     def _rows(self, moved: dict[str, Tensor], name: str, plate: Plate) -> Tensor:
         """How far each element of a plate moved at a site, in it or linked to it; shape (size,)."""
         distance = moved[name]
-        elements = self.elements.get((plate.name, name))
-        if elements is not None:
-            return distance.new_zeros(plate.size).index_add(0, elements[elements >= 0], distance[elements >= 0])
+        link = None if plate in self._frames(name) else self._link_between(name, plate)
+        if link is not None:
+            elements = self._elements(link).expand(distance.shape)
+            return distance.new_zeros(plate.size).index_add(0, elements.flatten(), distance.flatten())
         if distance.dim() < -plate.dim:
             return distance.sum().expand(plate.size)
         return distance.movedim(plate.dim, 0).reshape(distance.shape[plate.dim], -1).sum(-1).expand(plate.size)
@@ -295,7 +295,6 @@ class _Examination:
             if link is None:
                 return False
             self.links.append(link)
-            self.elements[plate.name, child] = torch.where(depends[child], found[child], -1)
         return True
 
     def _link(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> Link | None:
@@ -331,7 +330,18 @@ class _Examination:
         return [name for name in self.factors if plate in self._frames(name)]
 
     def _linked(self, plate: Plate) -> list[str]:
-        return [name for name in self.factors if (plate.name, name) in self.elements]
+        return [n for n in self.factors if plate not in self._frames(n) and self._link_between(n, plate) is not None]
+
+    def _link_between(self, name: str, plate: Plate) -> Link | None:
+        around = {frame.name for frame in self._frames(name)}
+        return next((link for link in self.links if link.to == plate.name and set(link.rows) <= around), None)
+
+    def _elements(self, link: Link) -> Tensor:
+        """The element of each row, at the dims of the rows' plates."""
+        rows = tuple(self.plates[name] for name in link.rows)
+        cells = self._cells(self.held.call.tensors[link.argument], link.axes, rows)
+        assert cells is not None
+        return _spread(cells[..., link.column], rows) + link.offset
 
     def _sources(self) -> tuple[list[Source], tuple[str, ...]]:
         """Finds the arguments with data in them and the observed sites whose data no argument carries."""
@@ -565,10 +575,12 @@ class _Examination:
         if self._changed(leaves=leaves, latents=latents, observed=observed) is None:
             return None
         for name in members:
-            factor = self.last.nodes[name]["log_prob"]
+            factor, mask = self.last.nodes[name]["log_prob"], self.last.nodes[name]["mask"]
             if factor.dim() >= -plate.dim and factor.shape[plate.dim] > 1:
+                counts = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
                 pair = factor.movedim(plate.dim, 0)[:2]
-                if not torch.allclose(pair[0], pair[1], rtol=1e-4, atol=1e-5, equal_nan=True):
+                both = counts.expand(factor.shape).movedim(plate.dim, 0)[:2].all(0).to(pair.device)
+                if not torch.allclose(pair[0][both], pair[1][both], rtol=1e-4, atol=1e-5, equal_nan=True):
                     return True
         return False
 

@@ -39,6 +39,7 @@ class Case:
         resizable: Whether the model takes any number of rows.
         own_subsample: Whether its plate draws rows of its own.
         vectorizable: Whether the model runs with particles to the left of its plates.
+        hide: Arguments -> arguments that differ only in entries under a mask.
         sleeps: Whether an argument is the only observed site's values, so that a sleep phase can replace them.
         posterior: Arguments -> site -> exact mean and standard deviation.
         evidence: Arguments -> log p(data), in nats.
@@ -56,6 +57,7 @@ class Case:
     own_subsample: bool = False
     vectorizable: bool = True
     sleeps: bool = False
+    hide: Callable[..., tuple[Any, ...]] | None = None
     posterior: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None
     evidence: Callable[..., Tensor] | None = None
 
@@ -424,6 +426,182 @@ def categorical(x):
     with pyro.plate("n", len(x)):
         z = pyro.sample("z", standard(4).to_event(1))
         pyro.sample("x", dist.Categorical(logits=z), obs=x)
+
+
+# Nested and crossed plates. The elements of plate "n" are rows of data all the same.
+
+
+def members(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns for rows that are groups of 1 to 4 members the data of all members, and each one's group."""
+    sizes = rows % 4 + 1
+    group = torch.arange(len(rows)).repeat_interleave(sizes)
+    own = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    return base(7, 4)[rows[group], own], group
+
+
+@zoo(reals(5), {"z": {"y"}}, tables=("theta",), sleeps=True)
+def nested(y):
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(0.0), 10.0))
+    with pyro.plate("n", y.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        with pyro.plate("inner", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@zoo(
+    lambda rows: ((base(1, 4, 2)[rows], base(4, 4)[rows], base(5)[rows], base(6)[:4]), {}),
+    {"z": {"y", "x", "g", "t"}, "w": {"y", "x", "g", "t"}},
+    tables=("theta",),
+    plates={"w": ("n", "inner")},
+)
+def three_levels(y, x, g, t):
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", y.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Normal(theta + g[:, None], 1.0))
+        with pyro.plate("inner", y.shape[1], dim=-1):
+            w = pyro.sample("w", dist.Normal(z + x, 1.0))
+            pyro.sample("y", dist.Normal(w[..., None] * t[:, None] * torch.ones(2), 1.0).to_event(1), obs=y)
+
+
+@zoo(lambda rows: ((base(1, 3)[rows], base(4, 2, 2)[rows]), {}), {"z": {"visits", "labs"}})
+def two_plates_inside(visits, labs):
+    with pyro.plate("n", len(visits), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("visit", visits.shape[1], dim=-1):
+            pyro.sample("visits", dist.Normal(z, 1.0), obs=visits)
+        with pyro.plate("lab", labs.shape[1], dim=-1):
+            pyro.sample("labs", dist.Normal(z[..., None].exp() * torch.ones(2), 1.0).to_event(1), obs=labs)
+
+
+@zoo(
+    lambda rows: ((base(1, 5)[rows], (base(3)[rows] * 2 + 2).round().clamp(0, 5).long()), {}),
+    {"z": {"y", "lengths"}},
+    tables=("theta",),
+    hide=lambda y, lengths: (torch.where(torch.arange(5) < lengths[:, None], y, 100.0), lengths),
+)
+def ragged(y, lengths):
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", len(y), dim=-2):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        here = torch.arange(5) < lengths[:, None]
+        with pyro.plate("inner", 5, dim=-1), poutine.mask(mask=here):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@zoo(
+    lambda rows: ((torch.where((base(3, 3) > 1)[rows] | (rows % 5 == 2)[:, None], torch.nan, base(1, 3)[rows]),), {}),
+    {"z": {"y"}},
+)
+def nan_under_a_mask(y):
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", standard(2).to_event(1))
+        loc = z.sum(-1, keepdim=True) * torch.ones(3)
+        pyro.sample("y", dist.Normal(loc, 1.0).mask(~y.isnan()).to_event(1), obs=y.nan_to_num())
+
+
+@zoo(
+    lambda rows: ((base(1, 4)[rows], (base(3, 4) > -0.5)[rows]), {}),
+    {"rate": {"y"}},
+    hide=lambda y, mask: (torch.where(mask, y, -9.0), mask),
+)
+def masked_inside(y, mask):
+    with pyro.plate("n", len(y), dim=-2):
+        rate = pyro.sample("rate", dist.LogNormal(torch.tensor(0.0), 1.0))
+        with pyro.plate("inner", y.shape[1], dim=-1), poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(rate.log(), 1.0), obs=y)
+
+
+@zoo(
+    lambda rows: ((base(1, 2)[rows], base(4)[rows], (base(3) > -0.5)[rows]), {}),
+    {"z": {"y", "flag", "mask"}},
+    hide=lambda y, flag, mask: (torch.where(mask[:, None], y, 7.0), flag, mask),
+)
+def partly_masked(y, flag, mask):
+    """Where y is missing, the flag still informs z; the mask is data of its own, as z's prior depends on it."""
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", dist.Normal(mask.to(y.dtype), 1.0))
+        pyro.sample("flag", dist.Normal(z, 1.0), obs=flag)
+        with poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(z[..., None] * torch.ones(2), 1.0).to_event(1), obs=y)
+
+
+@zoo(
+    lambda rows: ((base(1, 4)[rows], (base(3, 4) > -0.5)[rows]), {}),
+    {"u": {"ratings"}, "v": {"ratings"}},
+    plates={"v": ("items",)},
+    closable=False,
+    hide=lambda ratings, mask: (torch.where(mask, ratings, 5.0), mask),
+)
+def factorization(ratings, mask):
+    users = pyro.plate("n", ratings.shape[0], dim=-2)
+    items = pyro.plate("items", ratings.shape[1], dim=-1)
+    with users:
+        u = pyro.sample("u", standard(2).to_event(1))
+    with items:
+        v = pyro.sample("v", standard(2).to_event(1))
+    with users, items, poutine.mask(mask=mask):
+        pyro.sample("ratings", dist.Normal((u * v).sum(-1), 1.0), obs=ratings)
+
+
+# Indexed groups.
+
+
+@zoo(
+    lambda rows: ((*members(rows), base(5)[rows]), {}),
+    {"a": {"y", "g"}, "b": {"y", "g"}},
+    tables=("theta",),
+)
+def grouped(y, group, g):
+    theta = pyro.sample("theta", standard(2).to_event(1))
+    with pyro.plate("n", len(g)):
+        a = pyro.sample("a", dist.Normal(theta[..., 0] + g, 1.0))
+        b = pyro.sample("b", dist.Normal(theta[..., 1], 1.0))
+    with pyro.plate("members", len(y)):
+        pyro.sample("y", dist.Normal(a[..., group] + b[..., group], 1.0), obs=y)
+
+
+@zoo(
+    lambda rows: ((*members(rows), base(5)[rows]), {}),
+    {"b": {"y", "g"}, "w": {"y", "g"}},
+    plates={"w": ("members",)},
+)
+def grouped_with_latents_below(y, group, g):
+    with pyro.plate("n", len(g)):
+        b = pyro.sample("b", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("members", len(y)):
+        w = pyro.sample("w", dist.Normal(b[..., group], 1.0))
+        pyro.sample("y", dist.Normal(w + g[group], 1.0), obs=y)
+
+
+def pyramid_data(rows: Tensor) -> Arguments:
+    y, group = members(rows)
+    return (torch.stack([y, y + 1], 1).flatten(), torch.arange(2 * len(y)) // 2, group, len(rows)), {}
+
+
+@zoo(pyramid_data, {"school": {"y"}, "room": {"y"}}, tables=("mean",), plates={"room": ("rooms",)})
+def pyramid(y, room_of, school_of, num_schools):
+    mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", num_schools):
+        school = pyro.sample("school", dist.Normal(mean, 1.0))
+    with pyro.plate("rooms", len(school_of)):
+        room = pyro.sample("room", dist.Normal(school[..., school_of], 1.0))
+    with pyro.plate("marks", len(y)):
+        pyro.sample("y", dist.Normal(room[..., room_of], 1.0), obs=y)
+
+
+@zoo(
+    lambda rows: ((*members(rows), torch.arange(len(members(rows)[0])) % 3, len(rows)), {}),
+    {"user": {"y"}, "item": {"y"}},
+    plates={"item": ("items",)},
+    closable=False,
+)
+def crossed(y, users, items, num_users):
+    with pyro.plate("n", num_users):
+        user = pyro.sample("user", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("items", 3):
+        item = pyro.sample("item", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("ratings", len(y)):
+        pyro.sample("y", dist.Normal(user[..., users] + item[..., items], 1.0), obs=y)
 
 
 # Plates and globals.

@@ -31,7 +31,7 @@ def test_plans_of_the_zoo(name):
     assert plan.verdict.reason
     for block in plan.blocks:
         assert block.closable is (case.closable if block.amortized else None)
-        assert block.plates == (("n",) if block.amortized else case.plates.get(block.name, ()))
+        assert block.plates == case.plates.get(block.sites[0], ("n",) if block.amortized else ())
         assert block.dim == sum(block.dims)
 
 
