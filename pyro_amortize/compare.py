@@ -182,7 +182,7 @@ def _guide_of(fit: Any) -> Any:
 def _num_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Returns the size of the plate that is amortized; of the largest, if none is."""
     plan = plan_amortization(model, *args, **kwargs)
-    local = [plan.plates[block.plates[0]] for block in plan.blocks if block.amortized]
+    local = [plan.plates[block.plates[0]] for block in plan.blocks if block.amortized and block.plates]
     return max(local or plan.plates.values(), default=1)
 
 

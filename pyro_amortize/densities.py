@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Model
 from pyro_amortize.parameters import preserved
+from pyro_amortize.structure import Plate, plates_of
 
 CHUNK = 2**22
 
@@ -52,11 +53,10 @@ class Subsample(Messenger):
             msg["value"] = self.indices
 
 
-def covering(frame: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def covering(plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields subsamples of a plate's own size that cover it, each with the mask of elements not seen before."""
-    size, full_size = int(frame.size), int(frame.full_size or frame.size)
-    for start in range(0, full_size, size):
-        indices = torch.arange(full_size)[min(start, full_size - size) :][:size]
+    for start in range(0, plate.full_size, plate.size):
+        indices = torch.arange(plate.full_size)[min(start, plate.full_size - plate.size) :][: plate.size]
         yield indices, indices >= start
 
 
@@ -172,7 +172,7 @@ class _Evaluation:
                     f"ELBO. Add pyro.sample('{site['name']}', ...) to the guide."
                 )
         sites = [site for site in replayed.nodes.values() if site["type"] == "sample"]
-        self.frames = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.vectorized}
+        self.frames = plates_of(sites)
         self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
         self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
         self.vectorized: bool | None = None
@@ -238,7 +238,7 @@ class _Evaluation:
     def _sum(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
         """Sums the log densities of a trace's sites to shape (draws,) or (draws, rows)."""
         total = torch.zeros(())
-        rows = int(self.frames[plate].size) if plate is not None else None
+        rows = self.frames[plate].size if plate is not None else None
         for site in trace.nodes.values():
             if site["type"] != "sample" or site["infer"].get("_deterministic") or site["infer"].get("_do_not_trace"):
                 continue

@@ -149,14 +149,18 @@ def amortization_gap(
     kwargs = model_kwargs or {}
     plan = plan_amortization(model, *args, **kwargs)
     sites = local_sites(plan)
-    plate = next(block.plates[0] for block in plan.blocks if block.amortized and block.plates)
+    amortized = [block for block in plan.blocks if block.amortized]
+    plate = min((block.plates for block in amortized), key=len)[0]
     held = held_globals(model, guide, args, kwargs, plan, given)
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
     warnings: list[str] = []
-    per = plate if plan.verdict.factorizes else None
-    if per is None:
+    link = next((level.link for block in amortized for level in block.levels if level.link), None)
+    per = plate if plan.verdict.factorizes and link is None else None
+    if link is not None:
+        warnings.append(f"no numbers per datum: which rows belong to an element of '{link.to}' is said by an index")
+    elif per is None:
         warnings.append(f"no numbers per datum: {plan.verdict.reason}")
-    others = sorted({block.plates[0] for block in plan.blocks if block.amortized} - {plate})
+    others = sorted({"/".join(block.plates) for block in amortized if plate not in block.plates}) if per else []
     if others:
         warnings.append(f"only the data of plate '{plate}' are judged; those of {others} are not")
     optimum: SVIFit | None = None

@@ -64,9 +64,13 @@ class AutoAmortized(AutoGuide):
         model: A Pyro model.
         family: "normal": independent normals in unconstrained space.
         encoder: What turns a row of data into features, from which a linear head for each site makes parameters:
-            None for ``MLP()``; an ``nn.Module`` that maps (rows, features) to (rows, any width), shared, not copied;
-            a callable from the number of features to such a module; ``Table()`` for a row of parameters for each
-            element (mean-field); ``Constant()`` for one row for all; or a dict from site or plate name to these.
+            None for an ``MLP`` of two layers, 64 units wide or half as wide as the data, 400 at most; an
+            ``nn.Module`` that maps (rows, features) to (rows, any width), shared, not copied; a callable from the
+            number of features to such a module; ``Table()`` for a row of parameters for each element (mean-field);
+            ``Constant()`` for one row for all; or a dict from site or plate name to these. Of nested plates the
+            innermost names the latents inside both. An encoder given to a global site by name amortizes it over
+            data sets. Data of plates around other sites are pooled first, see
+            :class:`~pyro_amortize.encoders.DeepSets`.
         inputs: What the encoder sees, where the plan should not decide: a name or list of names of arguments and
             observed sites, a function of the model's arguments that returns shape (rows, ...), or a dict from site
             or plate name to these.
@@ -77,7 +81,8 @@ class AutoAmortized(AutoGuide):
         init_loc_fn: Where q starts: one of Pyro's initialization functions, or
             :func:`~pyro_amortize.supports.init_to_center`, the default, which draws nothing.
         init_scale: Standard deviation with which q starts, in unconstrained space.
-        create_plates: Accepted for likeness with Pyro's guides and ignored: the model's own plates are used.
+        create_plates: Accepted for likeness with Pyro's guides and ignored: the model's own plates are used, and
+            their own subsampling.
 
     Raises:
         ValueError: An option is not known.
@@ -193,8 +198,11 @@ class AutoAmortized(AutoGuide):
         self._versions = [p._version for p in self.parameters()]
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the posterior median of every latent for these data, shape of its site."""
-        return self.posterior(*args, **kwargs).median
+        """Returns the posterior median of every latent for these data, shape of its site.
+
+        Sites that are left to the model are at their prior's median, given those of the latents above them.
+        """
+        return self._answer("median", args, kwargs).values
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns posterior quantiles for these data, shape (number of quantiles, *shape of the site)."""
@@ -212,10 +220,7 @@ class AutoAmortized(AutoGuide):
             RuntimeError: The guide has no parameters yet.
             ValueError: Data are missing, do not fit, or new rows are asked of a table.
         """
-        self._refuse_uninitialized("posterior")
-        with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
-            run = GuidedRun(self, args, kwargs, {}, answering=True)
-            run.sample()
+        run = self._answer("posterior", args, kwargs)
         return Posterior(run.found, run.plates)
 
     def predictive(
@@ -361,7 +366,7 @@ class AutoAmortized(AutoGuide):
         levels = []
         for level, cells in zip(block.levels, reading.cells, strict=True):
             if any(source.name == FUNCTION for source in level.sources):
-                shape = tuple(cells[0][0].shape[len(level.plates) :])
+                shape = tuple(cells[0][0].shape[reading.count :])
                 level = replace(level, sources=(replace(level.sources[0], shape=shape),))
             levels.append(level)
         preparation = Preparation(levels, self.options["prepare"]).to(device)  # type: ignore[arg-type]
@@ -386,7 +391,9 @@ class AutoAmortized(AutoGuide):
             found = [key for key in (block.name, *block.sites) if key in encoder]
             found += [key for key in encoder if _is_of(key, block)]
             encoder = encoder[found[0]] if found else None
-        return MLP() if encoder is None else encoder  # type: ignore[return-value]
+        if encoder is None:
+            return MLP((min(max(64, block.features // 2), 400),) * 2)
+        return encoder  # type: ignore[return-value]
 
     def coder_of(self, block: Block) -> Any:
         """Returns the module that makes a block's parameters; not by attribute, which PyroModule would announce."""
@@ -487,6 +494,14 @@ class AutoAmortized(AutoGuide):
                 if store._params.get(name) is not parameter and name in store:
                     del store[name]
                 pyro.param(name, parameter)
+
+    def _answer(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuidedRun:
+        """Runs the model with every latent at its median."""
+        self._refuse_uninitialized(what)
+        with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
+            run = GuidedRun(self, args, kwargs, {}, answering=True)
+            run.sample()
+        return run
 
     def _refuse_uninitialized(self, what: str) -> None:
         if self.plan is None:

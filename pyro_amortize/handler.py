@@ -26,10 +26,10 @@ from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, presence
-from pyro_amortize.posterior import Posterior
-from pyro_amortize.probes import HeldRun, site_cells, site_mask
-from pyro_amortize.structure import Plate, Source
-from pyro_amortize.supports import dressed, is_improper, unconstrained_shape
+from pyro_amortize.posterior import Posterior, prior_median
+from pyro_amortize.probes import HeldRun, is_index, site_cells, site_mask
+from pyro_amortize.structure import Plate, Source, plates_of
+from pyro_amortize.supports import dressed, is_improper, unconstrained_shape, without_masks
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -51,12 +51,14 @@ class Reading:
         marks: Which rows of each level have data, there or below.
         moves: The way of each level but the last.
         sizes: Of the block's own plates, whose axes come first.
+        count: Number of plates' axes.
     """
 
     cells: list[list[Cells]]
     marks: list[Marks]
     moves: list[Move]
     sizes: list[int]
+    count: int
 
     @property
     def present(self) -> list[Tensor | None]:
@@ -73,7 +75,7 @@ class Reading:
 
     def elements(self, features: Tensor) -> Tensor:
         """Brings features, shape (..., *plates, features), to shape (..., elements of the block, features)."""
-        lead = features.shape[: features.dim() - 1 - (self.moves[0].count if self.moves else len(self.sizes))]
+        lead = features.shape[: features.dim() - 1 - self.count]
         features = features.reshape(*lead, *features.shape[len(lead) :][: len(self.sizes)], features.shape[-1])
         return features.expand(*lead, *self.sizes, -1).reshape(*lead, -1, features.shape[-1])
 
@@ -139,13 +141,13 @@ class GuidedRun(Messenger):
         held = HeldRun(self.guide.model, self.call)
         with preserved(self.guide.model, evaluating=True):
             trace = held.run()
-        frames = {f.name: f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]}
+        plates = plates_of(site for site in trace.nodes.values() if site["type"] == "sample")
         self._looked_up = {"sites": trace.nodes, "indices": held.indices}
         self._indices = held.indices
         found = {}
         for block in self.plan.blocks:
             if block.amortized:
-                reading = self._read(block, {plate: frames[plate] for plate in block.plates})
+                reading = self._read(block, {name: plates[name] for name in block.plates})
                 assert reading is not None
                 found[block.name] = reading
         return found
@@ -207,6 +209,8 @@ class GuidedRun(Messenger):
         block = self.plan.block_of(name)
         if block is None:
             if name in self.plan.left_to_model:
+                if self.answering:
+                    msg["value"] = prior_median(msg["fn"])
                 return
             msg["stop"] = True
             if name not in self.plan.observed:
@@ -228,7 +232,7 @@ class GuidedRun(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
-            self._indices[name] = msg["value"]
+            self._indices[name] = msg["value"] if is_index(msg["value"]) else None
         elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
             self.values[name] = msg["value"]
             if self._exit_after is not None and self._exit_after <= set(self.values):
@@ -251,17 +255,18 @@ class GuidedRun(Messenger):
         """Returns the parameters of each site of a block, shape (..., elements, width); None where data are missing."""
         if block.name in self._parameters:
             return self._parameters[block.name]
-        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
+        around = plates_of([msg])
+        plates = {name: around[name] for name in block.plates}
         coder = self.guide.coder_of(block)
-        reading = self._read(block, {plate: frames[plate] for plate in block.plates}) if block.levels else None
+        reading = self._read(block, plates) if block.levels else None
         parameters: list[Tensor] | None
         if not block.amortized:
-            parameters = coder(self._index(block, frames))
+            parameters = coder(self._index(block, plates))
         elif reading is None:
             self._refuse_missing(block)
             parameters = None
         elif isinstance(coder, Rows):
-            parameters = coder(torch.arange(math.prod(int(frames[plate].size) for plate in block.plates)))
+            parameters = coder(torch.arange(math.prod(plate.size for plate in plates.values())))
         else:
             features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
             parameters = coder(reading.elements(gathered(coder.phis, features, reading.present, reading.moves)))
@@ -278,15 +283,14 @@ class GuidedRun(Messenger):
                 f"by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
             )
 
-    def _index(self, block: Block, frames: dict[str, Any]) -> Tensor:
+    def _index(self, block: Block, plates: dict[str, Plate]) -> Tensor:
         """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
         index = torch.zeros(1, dtype=torch.long)
         for name in block.plates:
-            frame = frames[name]
             full_size = self.plan.plates[name]
             ids = self.guide.row_ids.get(name)
             if ids is None:
-                present = int(frame.full_size or frame.size)
+                present = plates[name].full_size
                 if present != full_size:
                     raise ValueError(
                         f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
@@ -299,12 +303,9 @@ class GuidedRun(Messenger):
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
 
-    def _read(self, block: Block, frames: dict[str, Any]) -> Reading | None:
+    def _read(self, block: Block, around: dict[str, Plate]) -> Reading | None:
         """Returns the data of a block for the present elements of its plates; None where some are missing."""
-        plates = {
-            name: Present(int(frame.size), int(frame.full_size or frame.size), self._indices.get(name))
-            for name, frame in frames.items()
-        }
+        plates = {name: Present(plate.size, plate.full_size, self._indices.get(name)) for name, plate in around.items()}
         fed = any(source.feeds in self.observations for source in block.sources)
         if self.observations and block.amortized and not fed:
             raise NotImplementedError(
@@ -329,7 +330,7 @@ class GuidedRun(Messenger):
                 levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
         marks = [self._level_marks(level, plates, axes) for level in block.levels]
         moves = [self._move(level, block, plates, axes, sizes) for level in block.levels[:-1]]
-        return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates])
+        return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates], len(axes))
 
     def _cells(self, block: Block, source: Source, plates: dict[str, Present]) -> Tensor | None:
         """Returns a source's data, shape (..., *plates, *shape of a cell), or None if the argument is missing."""
@@ -344,14 +345,21 @@ class GuidedRun(Messenger):
             if node is None or not node["is_observed"]:
                 return None
             return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
-        argument = self.call.leaves.get(source.name)
+        argument = self._argument(source)
         return None if argument is None else pick_cells(source, argument, plates)
+
+    def _argument(self, source: Source) -> Any:
+        """Returns the argument that a source is, its cells picked where another argument says their places."""
+        value = self.call.leaves.get(source.name)
+        for axis, through in zip(source.axes or (), source.through, strict=False):
+            if value is not None and through is not None:
+                value = value.index_select(axis, self.call.leaves[through].to(value.device))
+        return value
 
     def _picked(self, source: Source, value: Tensor, event_dim: int, plates: dict[str, Present]) -> Tensor:
         """Returns an observed site's values for the plates' present elements, as they were looked up."""
-        frames = {f.name: f for f in self._looked_up["sites"][source.feeds]["cond_indep_stack"]}
-        around = [Plate(name, frames[name].dim, int(frames[name].size), 0) for name in source.plates]
-        cells = site_cells(value, event_dim, around)
+        around = plates_of([self._looked_up["sites"][source.feeds]])
+        cells = site_cells(value, event_dim, [around[name] for name in source.plates])
         for axis, name in enumerate(source.plates):
             there = self._looked_up["indices"].get(name)
             here = plates[name].indices if name in plates else there
@@ -381,7 +389,7 @@ class GuidedRun(Messenger):
             source = Source(site, tuple(f.name for f in frames), None, (), (), frozenset(), feeds=site)
             cells = self._picked(source, mask, len(node["fn"].event_shape), plates)
         else:
-            value = self.call.leaves.get(source.name)
+            value = self._argument(source)
             if value is None:
                 return None
             cells = pick_cells(source, value if value.dtype == torch.bool else ~value.isnan(), plates)
@@ -459,8 +467,9 @@ class GuidedRun(Messenger):
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
         prior = msg["fn"]
         event_dim = len(unconstrained_shape(msg)) - len(prior.batch_shape)
-        frames = {frame.name: frame for frame in msg["cond_indep_stack"]}
-        axes = [frames[plate].dim - event_dim for plate in block.plates]
+        around = plates_of([msg])
+        plates = [around[name] for name in block.plates]
+        axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]
         expected = _without_axes(unconstrained_shape(msg), axes, len(shape) + len(axes))
         if expected != shape:
@@ -471,17 +480,24 @@ class GuidedRun(Messenger):
         values = parameters[which]
         dim = block.dims[which]
         placed = [
-            _placed(values[..., i * dim : (i + 1) * dim], [int(frames[p].size) for p in block.plates], axes, shape)
+            _placed(values[..., i * dim : (i + 1) * dim], [plate.size for plate in plates], axes, shape)
             for i in range(self.guide.family.per_dim)
         ]
-        q = dressed(msg, prior, self.guide.family.distribution(*placed))
-        q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        q = self.guide.family.distribution(*placed)
         with_data = self._with_data[block.name]
-        if with_data is None or not block.exact_prior or is_improper(prior):
+        marks = None
+        if with_data is not None:
+            marks = _placed(with_data.flatten()[:, None], list(with_data.shape), [plate.dim for plate in plates], ())
+            marks = marks.to(parameters[0].device)
+        if msg["name"] in self.plan.unmasked:
+            msg["mask"] = marks
+            q = dressed(msg, without_masks(prior), q)
+        else:
+            q = dressed(msg, prior, q)
+        q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        if marks is None or not block.exact_prior or is_improper(prior):
             return q
-        dims = [frames[plate].dim for plate in block.plates]
-        marks = _placed(with_data.flatten()[:, None], list(with_data.shape), dims, ())
-        return dist.MaskedMixture(marks.to(parameters[0].device), prior.expand(q.batch_shape), q)
+        return dist.MaskedMixture(marks, prior.expand(q.batch_shape), q)
 
 
 class Replicate(Messenger):

@@ -91,7 +91,7 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     if outside:
         return f"site '{outside[0]}' is observed outside plate '{plate.name}'"
     call = Call(model, args, kwargs)
-    slices = tuple(source for source in facts.sources if source.axes is not None and plate.name in source.plates)
+    slices = tuple(source for source in facts.sources if _may_slice(source, plate))
     tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]
     ways = [Minibatches(call, plate, True, ())]
     ways += [Minibatches(call, plate, True, slices), Minibatches(call, plate, False, slices)] if slices else []
@@ -108,6 +108,12 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     if tensors and not slices:
         return f"rows of '{tensors[0]}' do not enter the densities of plate '{plate.name}' one by one"
     return reasons[-1]
+
+
+def _may_slice(source: Source, plate: Plate) -> bool:
+    if source.axes is None or plate.name not in source.plates:
+        return False
+    return source.through[source.plates.index(plate.name)] is None
 
 
 def _axis(source: Source, plate: Plate) -> int:

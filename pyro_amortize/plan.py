@@ -84,6 +84,7 @@ class AmortizationPlan:
         observed: Names of the observed sites.
         masks: For each observed site under a mask the argument that is the mask, or whose NaN it covers; None where
             only a run of the model tells.
+        unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
     """
 
     blocks: tuple[Block, ...]
@@ -93,6 +94,7 @@ class AmortizationPlan:
     params: tuple[str, ...]
     observed: tuple[str, ...]
     masks: dict[str, Source | None]
+    unmasked: tuple[str, ...] = ()
 
     def block_of(self, site: str) -> Block | None:
         """Returns the block that holds a site."""
@@ -235,18 +237,19 @@ class _Planner:
         self.ways = Ways(facts)
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
         self.latents = [site for site in facts.latents if site.name not in self.left]
-        self._refuse_unsupported()
+        self._refuse_discrete()
         self.masks = {
             site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
             for site in facts.sites.values()
             if site.mask is not None
         }
-        unseen = {link.argument for link in facts.links}
+        unseen = {link.argument for link in facts.links} | {name for s in facts.sources for name in s.through if name}
         unseen |= {
             s.name for s in self.masks.values() if s and not s.feeds and s.reaches <= set(self.masks) | set(self.left)
         }
         self.sources = [source for source in facts.sources if source.name not in unseen]
         self.locals = {site.name: site for site in self.latents if self._is_local(site)}
+        self._refuse_series()
 
     def plan(self) -> AmortizationPlan:
         """Returns the plan."""
@@ -277,6 +280,7 @@ class _Planner:
             self.facts.params,
             tuple(site.name for site in self.facts.sites.values() if site.observed),
             self.masks,
+            tuple(site.name for site in self.latents if site.unmasked),
         )
 
     # Which latents are local.
@@ -382,7 +386,7 @@ class _Planner:
         indexed = {p.name for p, axis in zip(plates, axes, strict=True) if shape[axis] == p.full_size > p.size}
         rest = tuple(size for i, size in enumerate(shape) if i not in axes)
         dims = tuple(plate.dim for plate in plates)
-        return Source(name, target, tuple(axes), dims, rest, related, frozenset(indexed))
+        return Source(name, target, tuple(axes), dims, rest, related, indexed=frozenset(indexed))
 
     def _block(self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None) -> Block:
         shapes = tuple(site.shape for site in sites)
@@ -487,7 +491,7 @@ class _Planner:
     def _crossed(self, together: dict[str, Site]) -> Verdict | None:
         """Finds two latents of which neither's elements hold the other's, yet whose posteriors meet."""
         local = [site for site in together.values() if site.plates]
-        for one in local:
+        for one in (site for site in local if not self._has_table(site)):
             for other in local:
                 apart = not self.ways.covers(one.plates, other.plates) and not self.ways.covers(
                     other.plates, one.plates
@@ -497,6 +501,14 @@ class _Planner:
                 )
                 if apart and meet:
                     mine, theirs = "/".join(one.plates), "/".join(other.plates)
+                    if self._has_table(other) and callable(self._chosen(one.name, [one])):
+                        continue
+                    if self._has_table(other):
+                        return Verdict(
+                            False,
+                            f"pooling over the rows of '{mine}' loses which element of '{other.name}' (plate "
+                            f"'{theirs}') each belongs to; pass them whole, inputs={{'{one.name}': lambda ...: ...}}",
+                        )
                     return Verdict(
                         False,
                         f"'{one.name}' (plate '{mine}') and '{other.name}' (plate '{theirs}') meet crosswise at "
@@ -508,7 +520,15 @@ class _Planner:
 
     # What cannot be.
 
-    def _refuse_unsupported(self) -> None:
+    def _refuse_series(self) -> None:
+        for site in self.locals.values():
+            if site.markov:
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
+                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+
+    def _refuse_discrete(self) -> None:
         facts = self.facts
         if not any(site.observed for site in facts.sites.values()) and facts.empty:
             raise ValueError(
@@ -516,11 +536,6 @@ class _Planner:
                 f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
             )
         for site in facts.sites.values():
-            if site.markov:
-                raise NotImplementedError(
-                    f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
-                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
-                )
             if not site.observed and site.enumerated and site in self.latents:
                 raise NotImplementedError(
                     f"plan_amortization: site '{site.name}' is enumerated; enumerated latents are not supported yet. "

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.parameters import preserved
-from pyro_amortize.structure import Link, Plate, Site, Source, Structure
+from pyro_amortize.structure import Link, Plate, Site, Source, Structure, plates_of
 from pyro_amortize.supports import generic_value, is_delta, unconstrained_shape
 
 
@@ -92,7 +92,7 @@ class HeldRun(Messenger):
             msg["value"] = self._latents.get(name, self.values[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) and is_index(msg["value"]):
             self.indices.setdefault(msg["name"], msg["value"])
 
 
@@ -141,9 +141,9 @@ class _Examination:
                         f"plan_amortization: site '{name}' stands in the sequential plate '{frame.name}'. Make the "
                         f"plate vectorized: 'with pyro.plate({frame.name!r}, ...):' around '{name}'."
                     )
-                size, full_size = int(frame.size), int(frame.full_size or frame.size)
-                at_random = size < full_size and frame.name in self.held.drawn
-                self.plates[frame.name] = Plate(frame.name, frame.dim, size, full_size, at_random)
+        for name, plate in plates_of(self.sample_sites.values()).items():
+            drawn = plate.size < plate.full_size and name in self.held.drawn
+            self.plates[name] = replace(plate, at_random=drawn)
         self.factors = {
             name: site
             for name, site in self.sample_sites.items()
@@ -226,7 +226,16 @@ class _Examination:
         batch = len(site["fn"].batch_shape)
         kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
         children, couples = self._latent_probe(name, plates)
-        return Site(name, False, names, tuple(kept), children, couples, **facts)
+        return Site(name, False, names, tuple(kept), children, couples, unmasked=self._is_unmasked(name), **facts)
+
+    def _is_unmasked(self, name: str) -> bool:
+        """Replaces what a mask covers of a latent's prior; tells whether anything depends on that."""
+        site = self.factors[name]
+        mask = site_mask(site)
+        if mask is None or bool(mask.all()):
+            return False
+        torch.manual_seed(5)
+        return bool(self._moved_by(name, {name: torch.where(mask, site["value"], generic_value(site))}))
 
     def _other(self, name: str) -> Tensor:
         """Draws a discrete value that differs from the held one, if one turns up."""
@@ -241,14 +250,14 @@ class _Examination:
         return frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
 
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
-        """Replaces about half the elements of a latent; returns its children, and along which plates it couples."""
+        """Replaces a latent, whole and by half; returns its children, and along which plates it couples."""
         torch.manual_seed(1)
         fresh = generic_value(self.factors[name])
+        children = self._moved_by(name, {name: fresh})
         chosen = {plate.name: _half(plate.size) for plate in plates}
         moved = self._changed(latents={name: self._mixed(name, fresh, chosen)})
         if moved is None:
             return frozenset(self.factors) - {name}, frozenset(plate.name for plate in plates)
-        children = frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
         couples = set()
         for plate in plates:
             inside = [n for n in children | {name} if plate in self._frames(n)]
@@ -367,6 +376,9 @@ class _Examination:
                         explained |= touched
                         if claim is not None and (best is None or (best.couples and not claim.couples)):
                             best = claim
+                if best is None or best.couples:
+                    best = self._picked_claim(name, leaf, plate) or best
+                    explained |= best.reaches if best and best.through else set()
                 claims += [best] if best is not None else []
             found += self._from_claims(name, leaf, claims)
             if tried and not claims and not distinct:
@@ -402,8 +414,8 @@ class _Examination:
 
     def _from_claims(self, name: str, leaf: Tensor, claims: list[_Claim]) -> list[Source]:
         """Makes one source of an argument's axes; several if the plates of one axis never stand around one site."""
-        clean = {claim.axis for claim in claims if not claim.couples}
-        claims = [claim for claim in claims if not (claim.couples and claim.axis in clean)]
+        plain = {claim.axis for claim in claims if not claim.couples and not claim.through}
+        claims = [claim for claim in claims if not ((claim.couples or claim.through) and claim.axis in plain)]
         together = {frozenset(c.plate.name for c in claims if site in c.reaches) for c in claims for site in c.reaches}
         sources = []
         for names in sorted((t for t in together if not any(t < other for other in together)), key=sorted):
@@ -411,6 +423,8 @@ class _Examination:
             if len({claim.axis for claim in mine}) < len(mine):
                 continue
             plates, axes = [claim.plate for claim in mine], tuple(claim.axis for claim in mine)
+            for claim in mine:
+                leaf = leaf if claim.through is None else self._picked(leaf, claim.axis, claim.through)
             cells = self._cells(leaf, axes, tuple(plates))
             feeds = next((s for s in self.factors if cells is not None and self._is_value(cells, s, plates)), None)
             kind, categories = "binary" if leaf.dtype == torch.bool else "real", 0
@@ -424,6 +438,7 @@ class _Examination:
                     tuple(plate.dim for plate in plates),
                     tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes),
                     frozenset().union(*(claim.reaches for claim in mine)),
+                    tuple(claim.through for claim in mine),
                     frozenset(claim.plate.name for claim in mine if claim.indexed),
                     frozenset(claim.plate.name for claim in mine if claim.couples),
                     feeds,
@@ -479,6 +494,36 @@ class _Examination:
         if not reaches or (everywhere and not swaps and plate.size > 2):
             return None, differs, touched
         return _Claim(plate, axis, indexed, frozenset(reaches), couples), differs, touched
+
+    def _picked_claim(self, name: str, leaf: Tensor, plate: Plate) -> _Claim | None:
+        """Tells whether another argument says where in this one the data of a plate's elements stand: ``x[index]``."""
+        related = self._members(plate) + self._linked(plate)
+        for index, places in self.held.call.tensors.items():
+            if places.dtype != torch.long or places.shape != (plate.size,) or index == name or plate.size < 2:
+                continue
+            for axis, length in enumerate(leaf.shape):
+                used = places.unique()
+                if int(used[0]) < 0 or int(used[-1]) >= length or (len(used) == length == plate.size and len(used) < 3):
+                    continue
+                rows, reaches, fits = leaf.movedim(axis, 0), set[str](), True
+                for target, origin in _distinct_pairs(rows, used.tolist()):
+                    if origin is None:
+                        continue
+                    copy = leaf.clone()
+                    copy.movedim(axis, 0)[target] = rows[origin]
+                    moved = self._changed(leaves={name: copy})
+                    own = (places == target).cpu()
+                    for site in related if moved is not None else ():
+                        where = self._rows(moved, site, plate) > 0  # type: ignore[arg-type]
+                        reaches |= {site} if bool(where.any()) else set()
+                        fits = fits and not bool(where[~own].any())
+                    fits = fits and moved is not None
+                if fits and reaches and bool((places != torch.arange(plate.size)).any()):
+                    return _Claim(plate, axis, False, frozenset(reaches), False, index)
+        return None
+
+    def _picked(self, leaf: Tensor, axis: int, through: str) -> Tensor:
+        return leaf.index_select(axis, self.held.call.tensors[through].to(leaf.device))
 
     def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> Tensor:
         """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
@@ -544,6 +589,8 @@ class _Examination:
             leaf = self.held.call.tensors[source.name]
             if leaf.dtype != torch.bool and not (source.feeds == name and _has_nan(leaf)):
                 continue
+            for axis, through in zip(source.axes, source.through, strict=True):
+                leaf = leaf if through is None else self._picked(leaf, axis, through)
             cells = self._cells(leaf if leaf.dtype == torch.bool else ~leaf.isnan(), source.axes, tuple(plates))
             if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
                 return source.name
@@ -564,6 +611,8 @@ class _Examination:
                 axis = plate.dim - len(site["fn"].event_shape)
                 observed[source.name] = _row_over(site["value"], axis, target, origin)
             else:
+                if source.through[source.plates.index(plate.name)]:
+                    continue  # its index is an argument of its own
                 indexed = plate.name in source.indexed
                 to, fro = (int(indices[target]), int(indices[origin])) if indexed else (target, origin)  # type: ignore[index]
                 axis = source.axes[source.plates.index(plate.name)]
@@ -594,6 +643,7 @@ class _Claim:
     indexed: bool
     reaches: frozenset[str]
     couples: bool
+    through: str | None = None
 
 
 def site_cells(value: Tensor, event_dim: int, plates: Sequence[Plate]) -> Tensor:
@@ -618,6 +668,11 @@ def site_mask(site: Any) -> Tensor | None:
         mask = mask.reshape(mask.shape + (1,) * event_dim)
         found = mask if found is None else found & mask
     return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
+
+
+def is_index(value: Any) -> bool:
+    """Tells whether the value of a plate's own site says which elements are present."""
+    return not isinstance(value, Tensor) or (value.dim() == 1 and not value.is_floating_point())
 
 
 def _half(size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan, plan_amortization
 from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.structure import plates_of
 
 
 @dataclass(frozen=True)
@@ -299,11 +301,11 @@ def _start(
     own = _answer(optimum, args, kwargs)
     for name in names:
         block = optimum.plan.block_of(name)  # type: ignore[union-attr]
-        (plate,) = block.plates  # type: ignore[union-attr]
         values = optimum.coder_of(block).values[block.sites.index(name)]  # type: ignore[arg-type, union-attr]
-        frame = next(f for f in own[name]["cond_indep_stack"] if f.name == plate)
-        for indices, _ in covering(frame):
-            with Subsample(plate, indices):
+        plates = [plates_of([own[name]])[plate] for plate in block.plates]  # type: ignore[union-attr]
+        inner = torch.arange(math.prod(plate.full_size for plate in plates[1:]))
+        for indices, _ in covering(plates[0]):
+            with Subsample(plates[0].name, indices):
                 site = _answer(guide, args, kwargs)[name]
             found = normal_underneath(site["fn"])
             if found is None or found[1] != normal_underneath(own[name]["fn"])[1]:  # type: ignore[index]
@@ -313,10 +315,12 @@ def _start(
                     f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
                 )
             base = found[0]
-            axis = frame.dim - (base.loc.dim() - len(site["fn"].batch_shape))
-            moments = [value.movedim(axis, 0).reshape(len(indices), -1).to(values) for value in (base.loc, base.scale)]
+            axes = [plate.dim - (base.loc.dim() - len(site["fn"].batch_shape)) for plate in plates]
+            rows = (indices[:, None] * len(inner) + inner).flatten()
+            first = list(range(len(axes)))
+            moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (base.loc, base.scale)]
             with torch.no_grad():
-                values[indices] = optimum.family.parameters(*moments)
+                values[rows] = optimum.family.parameters(*moments)
 
 
 def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

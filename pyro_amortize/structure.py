@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,22 @@ class Plate:
     size: int
     full_size: int
     at_random: bool = False
+
+
+def plates_of(sites: Iterable[Any]) -> dict[str, Plate]:
+    """Returns the vectorized plates around sample sites; where a plate has no size of its own, its sites tell it."""
+    found: dict[str, Plate] = {}
+    for site in sites:
+        batch = getattr(site["fn"], "batch_shape", ())  # a plate's own site has none
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized:
+                there = batch[frame.dim] if len(batch) >= -frame.dim else 1
+                size = max(int(frame.size), there if int(frame.size) < 0 else 0)
+                full_size = max(int(frame.full_size or size), size)
+                known = found.get(frame.name)
+                if known is None or known.size < size:
+                    found[frame.name] = Plate(frame.name, frame.dim, size, full_size)
+    return found
 
 
 @dataclass(frozen=True)
@@ -28,8 +46,9 @@ class Site:
         fixed: Whether it has no free continuous value: a ``Delta``, or discrete.
         kind: What its values are: "real", "count", "level" (a count with an upper bound), "category" or "binary";
             ``categories`` counts them.
-        mask: Whether a mask covers some of its values, and where that stands: None for no mask, "" where only a run
-            of the model tells, else the argument that is the mask, or whose NaN it covers.
+        mask: Whether a mask covers some of its values (observed), and where that stands: None for no mask, "" where
+            only a run of the model tells, else the argument that is the mask, or whose NaN it covers.
+        unmasked: Whether a mask covers its prior (latents) where data depend on it all the same.
     """
 
     name: str
@@ -45,6 +64,7 @@ class Site:
     kind: str = "real"
     categories: int = 0
     mask: str | None = None
+    unmasked: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class Source:
         dims: The plates' own dims.
         shape: Of one cell.
         reaches: Sites whose density it enters.
+        through: For each plate the argument that holds the place of an element's cell (``x[index]``), if one does.
         indexed: Plates whose subsample the model picks out of it, rather than using it as it stands.
         couples: Plates along which one cell of it moves the densities of other elements.
         feeds: The observed site whose values it is.
@@ -70,6 +91,7 @@ class Source:
     dims: tuple[int, ...]
     shape: tuple[int, ...]
     reaches: frozenset[str]
+    through: tuple[str | None, ...] = ()
     indexed: frozenset[str] = frozenset()
     couples: frozenset[str] = frozenset()
     feeds: str | None = None

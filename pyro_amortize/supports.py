@@ -7,6 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import pyro.distributions.constraints as constraints
 import torch
+from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
 from torch.distributions import Transform, biject_to
@@ -31,8 +32,15 @@ def bijection(site: Any, fn: Any = None) -> Transform:
         support = support.base_constraint
     if support is constraints.positive or support is constraints.nonnegative:
         return ExpTransform(cache_size=1)
-    with helpful_support_errors(site):
-        transform = biject_to(support)
+    try:
+        with helpful_support_errors(site):
+            transform = biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"site '{site['name']}' has the support {support}, which no bijection from R^n reaches. Reparameterize it "
+            f"(a covariance, say, by LKJCholesky and scales), or hide it from the guide: "
+            f"AutoAmortized(poutine.block(model, hide=['{site['name']}']))."
+        ) from None
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return transform.with_cache(1)
@@ -57,6 +65,15 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
         return dist.TransformedDistribution(q, [transform]).to_event(prior.event_dim)
     q = dist.TransformedDistribution(q.to_event(transform.domain.event_dim), [transform])
     return q.to_event(prior.event_dim - transform.codomain.event_dim)
+
+
+def without_masks(fn: Any) -> Any:
+    """Takes the masks off a distribution."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return without_masks(fn.base_dist)
+    if isinstance(fn, torch.distributions.Independent):
+        return without_masks(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def generic_value(msg: Any) -> Tensor:
@@ -98,6 +115,15 @@ def init_to_center(site: Any) -> Tensor:
 
     One of the functions that ``init_loc_fn`` takes. It draws nothing, so wide priors start where narrow ones do.
     """
+    try:
+        value = _center(site)
+    except ValueError:  # a site without a bijection, which a reparameterizer is about to replace
+        value = init_to_feasible(site)
+    value._pyro_custom_init = False  # type: ignore[attr-defined]  # reparameterizers may overwrite it without a warning
+    return value
+
+
+def _center(site: Any) -> Tensor:
     fn = site["fn"]
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist

@@ -115,7 +115,8 @@ def test_integer_covariates():
         local(x, lambda z, i: z + table[group])
 
     found = sources(model, torch.randn(9), torch.arange(9) % 3, torch.randn(3))
-    assert set(found) == {"x", "group"}
+    assert set(found) == {"x", "group", "table"}
+    assert (found["table"].axes, found["table"].through) == ((0,), ("group",))
 
 
 def test_integer_covariates_without_gradient_or_order_are_data_though_they_look_like_indices():
