@@ -334,7 +334,7 @@ class _Batches:
     def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options):
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.size = options.batch_size
-        self.way = _minibatches(model, args, kwargs, options)
+        self.way = _minibatches(model, guide, args, kwargs, options)
         if self.way is not None:
             refuse_other_plates(model, guide, args, kwargs, self.way.plate.name)
         self.order = torch.empty(0, dtype=torch.long)
@@ -358,10 +358,13 @@ class _Batches:
                 guide.row_ids = {}
 
 
-def _minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Minibatches | None:
+def _minibatches(
+    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> Minibatches | None:
     if options.batch_size is None:
         return None
-    batches = exact_minibatches(model, args, kwargs)
+    plan = guide.plan if isinstance(guide, AutoAmortized) else None
+    batches = exact_minibatches(model, args, kwargs, plan.pooled if plan is not None else None)
     if isinstance(batches, str):
         if batches != SUBSAMPLES_ITSELF:
             warnings.warn(

@@ -7,6 +7,7 @@ rescaled log joints over a partition of the rows equals the full log joint, site
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -71,8 +72,16 @@ class Minibatches:
         return args, kwargs, Rescaled(self.plate, rows, self.inject)
 
 
-def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Minibatches | str:
-    """Finds an exact way to minibatch a model.
+def exact_minibatches(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], pooled: Mapping[str, str] | None = None
+) -> Minibatches | str:
+    """Finds an exact way to minibatch a model: by the outermost plate around all its data.
+
+    Args:
+        model: The model.
+        args: Its positional arguments, all data in them.
+        kwargs: Its keyword arguments.
+        pooled: Plates whose rows the guide pools, all of which it has to see, and the latent that it does so for.
 
     Returns:
         The way, or the reason why there is none.
@@ -82,14 +91,18 @@ def exact_minibatches(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any
     plates = {plate for site in observed for plate in site.plates}
     if any(facts.plates[name].size < facts.plates[name].full_size for name in plates):
         return SUBSAMPLES_ITSELF
-    if len(plates) != 1:
-        return f"its observed sites stand in {len(plates)} plates, {sorted(plates)}; minibatches need one"
-    plate = facts.plates[plates.pop()]
+    around = [name for name in plates if all(name in site.plates for site in observed)]
+    around.sort(key=lambda name: facts.plates[name].dim)
+    if not around:
+        outside = [site.name for site in observed if not site.plates]
+        where = f"'{outside[0]}' in none" if outside else f"in {sorted(plates)}"
+        return f"no one plate holds all observed sites, which stand in several ({where})"
+    free = [name for name in around if name not in (pooled or {})]
+    if not free:
+        return f"the guide pools all rows of plate '{around[0]}' for '{(pooled or {})[around[0]]}'"
+    plate = facts.plates[free[0]]
     if plate.size < 4:
         return f"plate '{plate.name}' has only {plate.size} elements"
-    outside = [site.name for site in observed if plate.name not in site.plates]
-    if outside:
-        return f"site '{outside[0]}' is observed outside plate '{plate.name}'"
     call = Call(model, args, kwargs)
     slices = tuple(source for source in facts.sources if _may_slice(source, plate))
     tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]

@@ -96,6 +96,17 @@ class AmortizationPlan:
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
 
+    @property
+    def pooled(self) -> dict[str, str]:
+        """Plates over whose rows an encoder pools, and a site that it does so for."""
+        found: dict[str, str] = {}
+        for block in (block for block in self.blocks if block.amortized):
+            for level in block.levels:
+                if level.pooled and level.into is not None:
+                    gone = set(level.plates) - set(block.levels[level.into].plates)
+                    found |= dict.fromkeys(gone, block.sites[0])
+        return found
+
     def block_of(self, site: str) -> Block | None:
         """Returns the block that holds a site."""
         return next((block for block in self.blocks if site in block.sites), None)

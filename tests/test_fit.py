@@ -60,6 +60,21 @@ def closure():
         pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[i])
 
 
+def nested(y):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", y.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        with pyro.plate("members", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def grouped(y, index):
+    with pyro.plate("groups", 4):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(b[..., index], 1.0), obs=y)
+
+
 class TestMinibatches:
     @pytest.mark.parametrize(
         ("model", "args", "inject", "slices"),
@@ -85,6 +100,35 @@ class TestMinibatches:
         guide = AutoAmortizedNormal(model)
         with pytest.warns(UserWarning, match=f"batch_size=20 is not used.*{why}"):
             fit_svi(model, guide, DATA, batch_size=20, num_steps=2, progress=False)
+
+    def test_nested_data_are_sliced_along_the_outer_plate(self):
+        y = DATA.reshape(12, 5)
+        guide = AutoAmortizedNormal(nested, init_scale=1e-4)
+        guide.initialize(y)
+        way = exact_minibatches(nested, (y,), {}, guide.plan.pooled)
+        assert way.plate.name == "groups"
+        elbo = TraceMeanField_ELBO()
+        full, parts = elbo.loss(nested, guide, y), []
+        for rows in torch.randperm(12).split(4):
+            args, kwargs, handler = way.rows(rows)
+            with handler:
+                parts.append(elbo.loss(nested, guide, *args, **kwargs))
+        assert sum(parts) / 3 == pytest.approx(full, rel=1e-3)
+
+    @pytest.mark.parametrize("encoder", [None, {"b": Table()}], ids=["pooled", "table"])
+    def test_rows_that_the_guide_pools_are_not_batched(self, encoder):
+        """A guide that saw some of a group's rows would not be the one that answers for all of them."""
+        index = torch.arange(60) % 4
+        guide = AutoAmortizedNormal(grouped, encoder=encoder)
+        guide.initialize(DATA, index)
+        way = exact_minibatches(grouped, (DATA, index), {}, guide.plan.pooled)
+        if encoder is None:
+            assert way == "the guide pools all rows of plate 'data' for 'b'"
+            with pytest.warns(UserWarning, match="batch_size=20 is not used.*pools all rows"):
+                fit_svi(grouped, guide, DATA, index, batch_size=20, num_steps=2, progress=False)
+        else:
+            assert way.plate.name == "data"
+            fit_svi(grouped, guide, DATA, index, batch_size=20, num_steps=2, progress=False)
 
     def test_a_model_that_subsamples_is_left_alone(self):
         def model(x):
