@@ -259,7 +259,10 @@ class _Planner:
             s.name for s in self.masks.values() if s and not s.feeds and s.reaches <= set(self.masks) | set(self.left)
         }
         self.sources = [source for source in facts.sources if source.name not in unseen]
-        self.locals = {site.name: site for site in self.latents if self._is_local(site)}
+        # A global with an encoder of its own is local to the data set.
+        self.locals = {
+            site.name: site for site in self.latents if self._is_encoded_global(site) or self._is_local(site)
+        }
         self._refuse_series()
 
     def plan(self) -> AmortizationPlan:
@@ -271,7 +274,7 @@ class _Planner:
         blocks, verdicts = [], []
         for name, sites in grouped.items():
             site, verdict = sites[0], None
-            if site.name not in self.locals and (site.plates or site.name not in self.apart):
+            if site.name not in self.locals:
                 levels: tuple[Level, ...] = ()
             elif self._has_table(site):
                 self._refuse_unknown_rows(site)
@@ -285,7 +288,7 @@ class _Planner:
         blocks.sort(key=lambda block: order[block.sites[0]])
         return AmortizationPlan(
             tuple(blocks),
-            _overall(verdicts),
+            self._overall(verdicts),
             self.left,
             {name: plate.full_size for name, plate in self.facts.plates.items()},
             self.facts.params,
@@ -314,6 +317,17 @@ class _Planner:
         rows = [other for name in informed if (other := self.facts.sites[name]).observed]
         data: list[Site | Source] = [*rows, *(source for source in self.sources if source.reaches & informed)]
         return any(self.ways.covers(row.plates, site.plates) for row in data) and not self._is_partial(site, rows)
+
+    def _is_encoded_global(self, site: Site) -> bool:
+        if site.plates or site.name not in self.apart or site.name in self.tables:
+            return False
+        rows = [other for name in self.facts.reaches(site.name) if (other := self.facts.sites[name]).observed]
+        if self._is_partial(site, rows):
+            raise ValueError(
+                f"plan_amortization: '{site.name}' is to be encoded from the whole data set, but this call holds a "
+                f"minibatch of it. Pass all data, or leave '{site.name}' its table."
+            )
+        return True
 
     def _is_partial(self, site: Site, rows: list[Site]) -> bool:
         """Whether rows that are to be pooled come as minibatches, so that no call holds all of an element's data."""
@@ -428,7 +442,8 @@ class _Planner:
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
         plates |= {plate for level in levels for plate in level.plates}
-        coupled = self._coupled(together, informing) or self._crossed(together)
+        by_function = callable(self._chosen(sites[0].name, sites))
+        coupled = self._coupled(together, informing, by_function) or self._crossed(together)
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
@@ -446,7 +461,7 @@ class _Planner:
             f"rows of '{'/'.join(outer)}' are independent given the globals, and the encoder sees all of a row's data",
         )
 
-    def _coupled(self, together: dict[str, Site], informing: list[Source]) -> Verdict | None:
+    def _coupled(self, together: dict[str, Site], informing: list[Source], by_function: bool) -> Verdict | None:
         """Finds elements of one plate whose posteriors need each other's data."""
         for site in together.values():
             if site.couples and site.plates:
@@ -454,17 +469,21 @@ class _Planner:
                 return Verdict(
                     False,
                     f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
-                    f"other rows' data",
+                    f"other rows' data; a function that adds some of them narrows the gap, "
+                    f"inputs={{'{site.name}': lambda ...: ...}}",
                     factorizes=False,
                 )
         for source in informing:
             for plate in sorted(source.couples):
-                return Verdict(
-                    False,
+                reason = (
                     f"a row of '{source.name}' enters the densities of other rows of plate '{plate}', so a row's "
-                    f"posterior needs its neighbours' data",
-                    factorizes=False,
+                    f"posterior needs its neighbours' data"
                 )
+                if by_function:
+                    return Verdict(None, f"{reason}; whether inputs= holds them could not be told", factorizes=False)
+                name = next(iter(together))
+                fix = f"add them, inputs={{'{name}': lambda ...: torch.stack([x.roll(1, 0), x], -1)}}, say"
+                return Verdict(False, f"{reason}; {fix}", factorizes=False)
         return None
 
     def _unclear(
@@ -528,6 +547,21 @@ class _Planner:
                         factorizes=False,
                     )
         return None
+
+    def _overall(self, verdicts: list[Verdict]) -> Verdict:
+        for closable in (False, None, True):
+            chosen = [verdict for verdict in verdicts if verdict.closable is closable]
+            if chosen:
+                return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
+        for site in self.latents:
+            if site.row_plates:
+                return Verdict(
+                    False,
+                    f"'{site.name}' is drawn for all rows of '{site.row_plates[0]}' together, as in a process, so a "
+                    f"row's posterior needs all data: it has a table. If rows are independent, draw it in the plate",
+                    factorizes=False,
+                )
+        return Verdict(True, "nothing is amortized: every block is a table")
 
     # What cannot be.
 
@@ -596,16 +630,6 @@ class _Planner:
 def _related(latents: dict[str, Site]) -> set[str]:
     """The latents and the sites whose densities depend on them."""
     return set(latents).union(*(site.children for site in latents.values()))
-
-
-def _overall(verdicts: list[Verdict]) -> Verdict:
-    if not verdicts:
-        return Verdict(True, "nothing is amortized: every block is a table")
-    for closable in (False, None, True):
-        chosen = [verdict for verdict in verdicts if verdict.closable is closable]
-        if chosen:
-            return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
-    raise AssertionError
 
 
 def width(source: Source) -> int:

@@ -226,7 +226,26 @@ class _Examination:
         batch = len(site["fn"].batch_shape)
         kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
         children, couples = self._latent_probe(name, plates)
-        return Site(name, False, names, tuple(kept), children, couples, unmasked=self._is_unmasked(name), **facts)
+        facts |= {"row_plates": self._row_plates(name, children), "unmasked": self._is_unmasked(name)}
+        return Site(name, False, names, tuple(kept), children, couples, **facts)
+
+    def _row_plates(self, name: str, children: frozenset[str]) -> tuple[str, ...]:
+        """Replaces half of the entries of a global vector; tells of which plates just those rows move."""
+        site, found = self.factors[name], []
+        if site["value"].dim() != 1 or len(site["fn"].event_shape) != 1:
+            return ()
+        for plate in self.plates.values():
+            if len(site["value"]) != plate.size or plate.size < 3:
+                continue
+            torch.manual_seed(6)
+            half = _half(plate.size)
+            moved = self._changed(
+                latents={name: torch.where(half.to(site["value"].device), generic_value(site), site["value"])}
+            )
+            rows = [self._rows(moved, n, plate) > 0 for n in children if plate in self._frames(n)] if moved else []
+            if rows and all(bool((row == half).all()) for row in rows):
+                found.append(plate.name)
+        return tuple(found)
 
     def _is_unmasked(self, name: str) -> bool:
         """Replaces what a mask covers of a latent's prior; tells whether anything depends on that."""

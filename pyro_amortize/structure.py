@@ -48,6 +48,8 @@ class Site:
             ``categories`` counts them.
         mask: Whether a mask covers some of its values (observed), and where that stands: None for no mask, "" where
             only a run of the model tells, else the argument that is the mask, or whose NaN it covers.
+        row_plates: Plates of each of whose rows the density depends on one entry of this latent, drawn outside them
+            for all rows together.
         unmasked: Whether a mask covers its prior (latents) where data depend on it all the same.
     """
 
@@ -64,6 +66,7 @@ class Site:
     kind: str = "real"
     categories: int = 0
     mask: str | None = None
+    row_plates: tuple[str, ...] = ()
     unmasked: bool = False
 
 
