@@ -242,7 +242,11 @@ class _Steps:
         trained = self.parameters.values()
         if not math.isfinite(value) or any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in trained):
             self._fail(step, args, kwargs, None)
-        assert self.optimizer is not None
+        if self.optimizer is None:
+            raise ValueError(
+                "fit: neither the guide nor the model has parameters, so there is nothing to train. Where no data "
+                "depend on a latent, its posterior is its prior: guide.predictive(...) draws it."
+            )
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 self.last_good[key].copy_(parameter)
@@ -321,7 +325,9 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
 
 
 def _default_loss(guide: Model, options: Options) -> Any:
-    analytic = isinstance(guide, AutoAmortized) and guide.plan is not None and not guide.plan.left_to_model
+    plan = guide.plan if isinstance(guide, AutoAmortized) else None
+    # TraceMeanField_ELBO takes the prior of what the guide leaves out for missing, and that under a mask for there.
+    analytic = plan is not None and not plan.left_to_model and not plan.unmasked
     elbo = TraceMeanField_ELBO if analytic else Trace_ELBO
     if options.max_plate_nesting is None:
         return elbo(num_particles=options.num_particles)
