@@ -7,7 +7,7 @@ CONSTRAINTS ?= .constraints.txt
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow test-newest tutorials lint clean
+.PHONY: demo test test-slow test-newest compatibility tutorials lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python tutorials/demo.py
@@ -30,6 +30,11 @@ test-newest:
 	    OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n 2; exit $$?; \
 	  fi; \
 	done; echo "This needs python3 >= 3.12; say which: make test-newest PYTHON=/path/to/python3"; exit 1
+
+# Pyro's own examples and autoguide tests with our guide; PYRO=path/to/checkout saves the clone.
+compatibility: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/compatibility/autoguide.py $(if $(PYRO),--pyro $(PYRO))
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/compatibility/run.py --again $(if $(PYRO),--pyro $(PYRO))
 
 tutorials: $(STAMP)
 	$(VENV)/bin/python -m pytest --nbmake --nbmake-timeout=600 tutorials
