@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyro import poutine
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger, _bound_partial
 from torch import Tensor, nn
 
 Model = Callable[..., Any]
@@ -57,6 +60,28 @@ def signature_of(model: Model) -> inspect.Signature:
             break
         fn = inner
     return inspect.signature(fn.forward if isinstance(fn, nn.Module) and not hasattr(fn, "__signature__") else fn)
+
+
+def opened(model: Model) -> tuple[Model, Callable[[Any], bool]]:
+    """Takes off the ``poutine.block`` handlers around a model, which hide its data and plates along with its latents.
+
+    Returns:
+        The model, its other handlers on it, and what tells of a site's message whether a block hid it.
+    """
+    blocks: list[BlockMessenger] = []
+    others: list[Messenger] = []
+    fn = model
+    while isinstance(fn, _bound_partial):
+        wrapper: Any = fn.func
+        if not (isinstance(wrapper, functools.partial) and len(wrapper.args) == 2):
+            break
+        messenger, fn = wrapper.args
+        (blocks if isinstance(messenger, BlockMessenger) else others).append(messenger)
+    if not blocks:
+        return model, lambda _: False
+    for messenger in reversed(others):
+        fn = messenger(fn)
+    return fn, lambda msg: any(block.hide_fn(msg) for block in blocks)
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

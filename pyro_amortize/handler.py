@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call
+from pyro_amortize.calls import Call, opened
 from pyro_amortize.encoders import Rows, gathered
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
@@ -96,6 +96,7 @@ class GuidedRun(Messenger):
         self.guide = guide
         self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
         self.call = Call(guide.model, args, kwargs, guide.signature)
+        self.model, _ = opened(guide.model)
         self.args, self.kwargs = args, kwargs
         self.observations = observations
         self.answering = answering
@@ -120,7 +121,7 @@ class GuidedRun(Messenger):
         self._exit_after = self.guide._exits.get(self._kind_of_call())
         try:
             with self:
-                self.guide.model(*self.args, **self.kwargs)
+                self.model(*self.args, **self.kwargs)
         except _Done:
             pass
         if self._exit_after is None:
@@ -138,8 +139,8 @@ class GuidedRun(Messenger):
 
     def examples(self) -> dict[str, Reading]:
         """Returns the data of every amortized block, as the call holds them."""
-        held = HeldRun(self.guide.model, self.call)
-        with preserved(self.guide.model, evaluating=True):
+        held = HeldRun(self.model, self.call)
+        with preserved(self.model, evaluating=True):
             trace = held.run()
         plates = plates_of(site for site in trace.nodes.values() if site["type"] == "sample")
         self._looked_up = {"sites": trace.nodes, "indices": held.indices}
@@ -162,8 +163,8 @@ class GuidedRun(Messenger):
     def _look_up(self) -> None:
         """Runs the model once more, to see the data that come to its sites without passing through an argument."""
         seed = int(torch.randint(2**31, ()))
-        held = HeldRun(self.guide.model, self.call)
-        with preserved(self.guide.model, evaluating=True):
+        held = HeldRun(self.model, self.call)
+        with preserved(self.model, evaluating=True):
             trace = held.run(seed=seed)
         self._looked_up = {"sites": trace.nodes, "indices": held.indices}
 
@@ -213,7 +214,7 @@ class GuidedRun(Messenger):
                     msg["value"] = prior_median(msg["fn"])
                 return
             msg["stop"] = True
-            if name not in self.plan.observed:
+            if name not in self.plan.observed and name not in self.plan.foreign:
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
                     f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."

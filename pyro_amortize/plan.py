@@ -84,6 +84,7 @@ class AmortizationPlan:
         observed: Names of the observed sites.
         masks: For each observed site under a mask the argument that is the mask, or whose NaN it covers; None where
             only a run of the model tells.
+        foreign: Latents that the model hides from the guide, for another to sample.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
     """
 
@@ -95,6 +96,7 @@ class AmortizationPlan:
     observed: tuple[str, ...]
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
     @property
     def pooled(self) -> dict[str, str]:
@@ -263,6 +265,7 @@ class _Planner:
         self.locals = {
             site.name: site for site in self.latents if self._is_encoded_global(site) or self._is_local(site)
         }
+        self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
         self._refuse_series()
 
     def plan(self) -> AmortizationPlan:
@@ -295,6 +298,7 @@ class _Planner:
             tuple(site.name for site in self.facts.sites.values() if site.observed),
             self.masks,
             tuple(site.name for site in self.latents if site.unmasked),
+            tuple(site.name for site in self.facts.sites.values() if site.foreign),
         )
 
     # Which latents are local.
@@ -305,7 +309,7 @@ class _Planner:
         return (site.fixed and not site.discrete) or (any_data and not has_data)
 
     def _has_table(self, site: Site) -> bool:
-        return bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
+        return site.foreign or bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
 
     def _is_local(self, site: Site) -> bool:
         """Whether rows of data, all of them in the call, belong to single elements of the site."""
@@ -346,7 +350,7 @@ class _Planner:
         front = list(found.values())
         while front:
             site = front.pop()
-            for other in self.locals.values():
+            for other in [*self.locals.values(), *self.others]:
                 near = site.name in other.children or other.name in site.children or site.children & other.children
                 if near and other.name not in found:
                     found[other.name] = other

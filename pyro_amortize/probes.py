@@ -15,7 +15,7 @@ Nothing is changed by looking: not the random state, the param store, module buf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
@@ -30,7 +30,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call, Model
+from pyro_amortize.calls import Call, Model, opened
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Link, Plate, Site, Source, Structure, plates_of
 from pyro_amortize.supports import generic_value, is_delta, unconstrained_shape
@@ -115,8 +115,9 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
                 f"plan_amortization: argument '{name}' is a numpy array; Pyro's densities need tensors. "
                 f"Pass torch.as_tensor({name})."
             )
+    model, hides = opened(model)
     with preserved(model, evaluating=True):
-        return _Examination(HeldRun(model, call)).structure()
+        return _Examination(HeldRun(model, call), hides).structure()
 
 
 @dataclass
@@ -124,6 +125,7 @@ class _Examination:
     """One look at a model: the base run, its noise, and the probes."""
 
     held: HeldRun
+    hides: Callable[[Any], bool]
     base: poutine.Trace = field(init=False)
     plates: dict[str, Plate] = field(init=False)
     noise: float = field(init=False)
@@ -214,6 +216,7 @@ class _Examination:
         names = tuple(plate.name for plate in plates)
         infer = site["infer"]
         facts: dict[str, Any] = {"markov": "_markov_depth" in infer, "enumerated": infer.get("enumerate") is not None}
+        facts["foreign"] = not site["is_observed"] and self.hides(site)
         if site["is_observed"]:
             kind, categories = _kind(site["fn"])
             return Site(name, True, names, tuple(site["value"].shape), kind=kind, categories=categories, **facts)

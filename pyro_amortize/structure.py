@@ -43,6 +43,7 @@ class Site:
         shape: Of one element in unconstrained space, plate axes removed (latents); of its values (observed).
         children: Sites whose density depends on this latent, itself apart.
         couples: Plates along which one element of this latent moves the densities of others.
+        foreign: Whether it is a latent that the model hides from its guide (``poutine.block``).
         fixed: Whether it has no free continuous value: a ``Delta``, or discrete.
         kind: What its values are: "real", "count", "level" (a count with an upper bound), "category" or "binary";
             ``categories`` counts them.
@@ -59,6 +60,7 @@ class Site:
     shape: tuple[int, ...]
     children: frozenset[str] = frozenset()
     couples: frozenset[str] = frozenset()
+    foreign: bool = False
     fixed: bool = False
     discrete: bool = False
     enumerated: bool = False
@@ -147,8 +149,8 @@ class Structure:
 
     @property
     def latents(self) -> list[Site]:
-        """The latent sites, in the model's order."""
-        return [site for site in self.sites.values() if not site.observed]
+        """The latent sites that are to be guided, in the model's order."""
+        return [site for site in self.sites.values() if not site.observed and not site.foreign]
 
     def reaches(self, name: str) -> set[str]:
         """Sites that depend on a latent, directly or through other latents."""

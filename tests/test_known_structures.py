@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.optim import ClippedAdam
 
 from pyro_amortize import (
@@ -383,3 +384,65 @@ def test_neighbours_in_a_function_leave_the_verdict_open():
     guide = AutoAmortizedNormal(model, inputs=lambda x: torch.stack([x.roll(1, 0), x], -1))
     guide.initialize(X)
     assert guide.plan.verdict.closable is None
+
+
+# Beside other guides.
+
+
+def subsampled(y, size=4):
+    theta = pyro.sample("theta", normal(0.0, 3.0))
+    with pyro.plate("groups", len(y), subsample_size=size, dim=-2) as i:
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        v = pyro.sample("v", dist.Normal(theta, 1.0))
+        with pyro.plate("members", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(z + v, 1.0), obs=y[i])
+
+
+def listed(y):
+    def groups(y):
+        return pyro.plate("groups", len(y), subsample_size=4, dim=-2)
+
+    whole = AutoGuideList(subsampled, create_plates=groups)
+    whole.append(AutoNormal(poutine.block(subsampled, expose=["theta", "v"])))
+    whole.append(AutoAmortizedNormal(poutine.block(subsampled, expose=["z"])))
+    whole(y)
+    return whole
+
+
+def test_a_block_hides_latents_and_not_their_data():
+    y = data()
+    part = listed(y)[1]
+    block = part.plan.block_of("z")
+    assert block.inputs == ("y",)
+    assert [block.sites for block in part.plan.blocks] == [("z",)]
+    assert part.plan.foreign == ("theta", "v")
+
+
+def test_guides_in_a_list_see_the_same_subsample():
+    y = torch.arange(10.0)[:, None] * 100 + torch.randn(10, 3)
+    whole = listed(y)
+    trace = poutine.trace(whole).get_trace(y)
+    assert len(trace.nodes["groups"]["value"]) == 4
+    picked = trace.nodes["groups"]["value"]
+    alone = AutoAmortizedNormal(poutine.block(subsampled, expose=["z"]))
+    alone.initialize(y)
+    alone.load_state_dict(whole[1].state_dict())
+    answers = alone.median(y, size=None)["z"]
+    torch.testing.assert_close(trace.nodes["z"]["fn"].mean, answers[picked])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_list_trains_both_of_its_guides(order):
+    y = data()
+    parts = [
+        lambda: AutoNormal(poutine.block(nested, expose=["theta"])),
+        lambda: AutoAmortizedNormal(poutine.block(nested, hide=["theta"])),
+    ]
+    whole = AutoGuideList(nested)
+    for make in parts if order == 0 else parts[::-1]:
+        whole.append(make())
+    whole(y)
+    before = [parameter.detach().clone() for parameter in whole.parameters()]
+    SVI(nested, whole, ClippedAdam({"lr": 0.01}), Trace_ELBO()).step(y)
+    assert all(bool((old != new).any()) for old, new in zip(before, whole.parameters(), strict=True))
+    assert set(whole.median(y)) == {"theta", "z", "w"}
