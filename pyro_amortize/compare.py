@@ -22,7 +22,7 @@ from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import Preserved, preserved
-from pyro_amortize.plan import plan_amortization
+from pyro_amortize.planner import plan_amortization
 from pyro_amortize.reference import MCMCFit, run_mcmc
 
 METHODS = ("amortized", "mean_field", "mcmc")

@@ -21,7 +21,7 @@ from pyro_amortize.evidence import GOOD_ENOUGH, Evidence, estimate_evidence, rob
 from pyro_amortize.fit import Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
-from pyro_amortize.plan import plan_amortization
+from pyro_amortize.planner import plan_amortization
 from pyro_amortize.reference import fit_optimum, held_globals, local_sites
 
 QUANTITIES = ("elbo", "elbo_optimum", "log_evidence", "amortization_gap", "approximation_gap", "inference_gap")

@@ -42,12 +42,14 @@ from pyro_amortize.encoders import (
     on_rows,
 )
 from pyro_amortize.families import FAMILIES
-from pyro_amortize.handler import GuidedRun, Reading, Replicate, part_key
+from pyro_amortize.handler import GuidedRun, Replicate, part_key
 from pyro_amortize.inputs import Preparation, Prepare
 from pyro_amortize.parameters import load_model_state, model_state, preserved
-from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, build_plan
+from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
+from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.probes import examine
+from pyro_amortize.reading import Reading
 from pyro_amortize.supports import bijection, init_to_center, is_delta
 
 
@@ -171,7 +173,7 @@ class AutoAmortized(AutoGuide):
             kwargs: The model's keyword arguments.
 
         Raises:
-            ValueError, NotImplementedError: As :func:`~pyro_amortize.plan.plan_amortization` does.
+            ValueError, NotImplementedError: As :func:`~pyro_amortize.planner.plan_amortization` does.
         """
         if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
             return

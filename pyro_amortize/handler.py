@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -21,14 +20,11 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, opened
 from pyro_amortize.encoders import Rows, gathered
-from pyro_amortize.inputs import Cells, Present, pick_cells
-from pyro_amortize.levels import Level
-from pyro_amortize.parameters import preserved
-from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
-from pyro_amortize.pooling import Marks, Move, presence
+from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior, prior_median
-from pyro_amortize.probes import HeldRun, is_index, site_cells, site_mask
-from pyro_amortize.structure import Plate, Source, plates_of
+from pyro_amortize.probes import is_index
+from pyro_amortize.reading import Reader, Reading
+from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import dressed, is_improper, unconstrained_shape, without_masks
 
 if TYPE_CHECKING:
@@ -40,44 +36,6 @@ MOST_EXITS = 256
 
 class _Done(BaseException):
     """Leaves the model after its last latent; no handler of errors in the model should catch it."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The data of one block in one call; every plate has an axis.
-
-    Attributes:
-        cells: For each level and source its values, shape (..., *plates, *shape of a cell), and which are there.
-        marks: Which rows of each level have data, there or below.
-        moves: The way of each level but the last.
-        sizes: Of the block's own plates, whose axes come first.
-        count: Number of plates' axes.
-    """
-
-    cells: list[list[Cells]]
-    marks: list[Marks]
-    moves: list[Move]
-    sizes: list[int]
-    count: int
-
-    @property
-    def present(self) -> list[Tensor | None]:
-        """Which rows of each level count when pooling; None if all do."""
-        return [marks if isinstance(marks, Tensor) else None for marks in self.marks]
-
-    @property
-    def with_data(self) -> Tensor | None:
-        """Which elements of the block have data, shape of its plates; None if all have."""
-        marks = self.marks[-1]
-        if not isinstance(marks, Tensor) or bool(marks.all()):
-            return None
-        return marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
-
-    def elements(self, features: Tensor) -> Tensor:
-        """Brings features, shape (..., *plates, features), to shape (..., elements of the block, features)."""
-        lead = features.shape[: features.dim() - 1 - self.count]
-        features = features.reshape(*lead, *features.shape[len(lead) :][: len(self.sizes)], features.shape[-1])
-        return features.expand(*lead, *self.sizes, -1).reshape(*lead, -1, features.shape[-1])
 
 
 class GuidedRun(Messenger):
@@ -98,13 +56,12 @@ class GuidedRun(Messenger):
         self.call = Call(guide.model, args, kwargs, guide.signature)
         self.model, _ = opened(guide.model)
         self.args, self.kwargs = args, kwargs
-        self.observations = observations
         self.answering = answering
         self.values: dict[str, Tensor] = {}
         self.found: dict[str, Any] = {}
         self.plates: dict[str, tuple[str, ...]] = {}
-        self._indices: dict[str, Any] = {}
-        self._looked_up: dict[str, Any] = {}
+        inputs, kind = guide.options["inputs"], type(guide).__name__
+        self.reader = Reader(self.model, self.plan, self.call, (args, kwargs), observations, inputs, kind)
         self._parameters: dict[str, list[Tensor] | None] = {}
         self._with_data: dict[str, Tensor | None] = {}
         self._exit_after: frozenset[str] | None = None
@@ -116,8 +73,8 @@ class GuidedRun(Messenger):
                 source.name in self.call.leaves and self.call.leaves[source.name] is None for source in block.sources
             ):
                 self._refuse_missing(block)
-        if self._needs_looking_up():
-            self._look_up()
+        if self.reader.needs_looking_up():
+            self.reader.look_up()
         self._exit_after = self.guide._exits.get(self._kind_of_call())
         try:
             with self:
@@ -139,34 +96,15 @@ class GuidedRun(Messenger):
 
     def examples(self) -> dict[str, Reading]:
         """Returns the data of every amortized block, as the call holds them."""
-        held = HeldRun(self.model, self.call)
-        with preserved(self.model, evaluating=True):
-            trace = held.run()
-        plates = plates_of(site for site in trace.nodes.values() if site["type"] == "sample")
-        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
-        self._indices = held.indices
+        plates = plates_of(self.reader.look_up(seed=0))
+        self.reader.indices = self.reader.looked_up["indices"]
         found = {}
         for block in self.plan.blocks:
             if block.amortized:
-                reading = self._read(block, {name: plates[name] for name in block.plates})
+                reading = self.reader.read(block, {name: plates[name] for name in block.plates})
                 assert reading is not None
                 found[block.name] = reading
         return found
-
-    def _needs_looking_up(self) -> bool:
-        """Whether some data or masks pass through no argument, so that only a run of the model shows them."""
-        sources = [source for block in self.plan.blocks for source in block.sources]
-        sites = {site for block in self.plan.blocks for level in block.levels for site in level.sites}
-        unseen = any(source.axes is None and source.feeds not in self.observations for source in sources)
-        return unseen or any(site in self.plan.masks and self.plan.masks[site] is None for site in sites)
-
-    def _look_up(self) -> None:
-        """Runs the model once more, to see the data that come to its sites without passing through an argument."""
-        seed = int(torch.randint(2**31, ()))
-        held = HeldRun(self.model, self.call)
-        with preserved(self.model, evaluating=True):
-            trace = held.run(seed=seed)
-        self._looked_up = {"sites": trace.nodes, "indices": held.indices}
 
     def _kind_of_call(self) -> Any:
         """What decides which sites a call samples: structure, scalars, mode, and shapes but for the rows.
@@ -233,7 +171,7 @@ class GuidedRun(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
-            self._indices[name] = msg["value"] if is_index(msg["value"]) else None
+            self.reader.indices[name] = msg["value"] if is_index(msg["value"]) else None
         elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
             self.values[name] = msg["value"]
             if self._exit_after is not None and self._exit_after <= set(self.values):
@@ -246,9 +184,9 @@ class GuidedRun(Messenger):
         if self.guide.master is not None and name in getattr(self.guide.master(), "plates", {}):
             msg["value"] = self.guide.master().plates[name].indices
             msg["stop"] = True
-            self._indices[name] = msg["value"]
-        elif msg["value"] is None and name in self._looked_up.get("indices", {}):
-            msg["value"] = self._looked_up["indices"][name]
+            self.reader.indices[name] = msg["value"]
+        elif msg["value"] is None and name in self.reader.looked_up.get("indices", {}):
+            msg["value"] = self.reader.looked_up["indices"][name]
 
     # From data to distributions.
 
@@ -259,7 +197,7 @@ class GuidedRun(Messenger):
         around = plates_of([msg])
         plates = {name: around[name] for name in block.plates}
         coder = self.guide.coder_of(block)
-        reading = self._read(block, plates) if block.levels else None
+        reading = self.reader.read(block, plates) if block.levels else None
         parameters: list[Tensor] | None
         if not block.amortized:
             parameters = coder(self._index(block, plates))
@@ -299,170 +237,10 @@ class GuidedRun(Messenger):
                         f"A table cannot answer for new rows; use an encoder: "
                         f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': MLP()}})."
                     )
-                ids = self._indices.get(name)
+                ids = self.reader.indices.get(name)
             ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
-
-    def _read(self, block: Block, around: dict[str, Plate]) -> Reading | None:
-        """Returns the data of a block for the present elements of its plates; None where some are missing."""
-        plates = {name: Present(plate.size, plate.full_size, self._indices.get(name)) for name, plate in around.items()}
-        fed = any(source.feeds in self.observations for source in block.sources)
-        if self.observations and block.amortized and not fed:
-            raise NotImplementedError(
-                f"{type(self.guide).__name__}: the sleep phase passes new values of {list(self.observations)}, but "
-                f"they cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the "
-                f"observed values themselves as arguments of the model."
-            )
-        axes = list(dict.fromkeys([*block.plates, *(name for level in block.levels for name in level.plates)]))
-        sizes = {name: present.size for name, present in plates.items()}
-        levels: list[list[Cells]] = []
-        for level in block.levels:
-            levels.append([])
-            for source in level.sources:
-                values = self._cells(block, source, plates)
-                if values is None:
-                    return None
-                cell_dim = values.dim() - len(source.plates) if source.name == FUNCTION else len(source.shape)
-                lead = values.dim() - len(source.plates) - cell_dim
-                sizes |= dict(zip(source.plates, values.shape[lead:], strict=False))
-                cells = _laid(values, source.plates, axes, cell_dim)
-                present = self._source_marks(source, plates, axes)
-                levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
-        marks = [self._level_marks(level, plates, axes) for level in block.levels]
-        moves = [self._move(level, block, plates, axes, sizes) for level in block.levels[:-1]]
-        return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates], len(axes))
-
-    def _cells(self, block: Block, source: Source, plates: dict[str, Present]) -> Tensor | None:
-        """Returns a source's data, shape (..., *plates, *shape of a cell), or None if the argument is missing."""
-        if source.feeds in self.observations:
-            value, count = self.observations[source.feeds], len(source.shape)
-            dims = [dim - count for dim in source.dims]
-            return value.movedim(dims, list(range(-len(dims) - count, -count)))
-        if source.name == FUNCTION:
-            return self._function_rows(block)
-        if source.axes is None:
-            node = self._looked_up["sites"].get(source.name)
-            if node is None or not node["is_observed"]:
-                return None
-            return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
-        argument = self._argument(source)
-        return None if argument is None else pick_cells(source, argument, plates)
-
-    def _argument(self, source: Source) -> Any:
-        """Returns the argument that a source is, its cells picked where another argument says their places."""
-        value = self.call.leaves.get(source.name)
-        for axis, through in zip(source.axes or (), source.through, strict=False):
-            if value is not None and through is not None:
-                value = value.index_select(axis, self.call.leaves[through].to(value.device))
-        return value
-
-    def _picked(self, source: Source, value: Tensor, event_dim: int, plates: dict[str, Present]) -> Tensor:
-        """Returns an observed site's values for the plates' present elements, as they were looked up."""
-        around = plates_of([self._looked_up["sites"][source.feeds]])
-        cells = site_cells(value, event_dim, [around[name] for name in source.plates])
-        for axis, name in enumerate(source.plates):
-            there = self._looked_up["indices"].get(name)
-            here = plates[name].indices if name in plates else there
-            if there is None or here is None or torch.equal(torch.as_tensor(there), torch.as_tensor(here)):
-                continue
-            places = {int(j): i for i, j in enumerate(there)}
-            if not all(int(j) in places for j in here):
-                raise NotImplementedError(
-                    f"{type(self.guide).__name__}: the subsample of plate '{name}' is fixed from outside, but the "
-                    f"data of '{source.name}' come from a closure, and were looked up for another subsample. Pass the "
-                    f"data as an argument."
-                )
-            cells = cells.index_select(axis, torch.tensor([places[int(j)] for j in here], device=cells.device))
-        return cells
-
-    def _site_marks(self, site: str, plates: dict[str, Present]) -> tuple[Tensor, Source] | None:
-        """Returns which entries of an observed site count, and where its plates stand; None if all do."""
-        if site not in self.plan.masks:
-            return None
-        source = self.plan.masks[site]
-        if source is None:
-            node = self._looked_up["sites"].get(site)
-            mask = None if node is None else site_mask(node)
-            if mask is None:
-                return None
-            frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
-            source = Source(site, tuple(f.name for f in frames), None, (), (), frozenset(), feeds=site)
-            cells = self._picked(source, mask, len(node["fn"].event_shape), plates)
-        else:
-            value = self._argument(source)
-            if value is None:
-                return None
-            cells = pick_cells(source, value if value.dtype == torch.bool else ~value.isnan(), plates)
-        return cells, replace(source, shape=tuple(cells.shape[len(source.plates) :]))
-
-    def _source_marks(self, source: Source, plates: dict[str, Present], axes: list[str]) -> Tensor | None:
-        """Returns which cells of a source count at some site that it enters, shape (*axes, *cell); None if all do."""
-        found = None
-        for site in source.reaches if source.missing and source.name != FUNCTION else ():
-            marks = self._site_marks(site, plates)
-            if marks is None:
-                return None
-            cells, where = marks
-            cells = _laid(cells, where.plates, axes, len(where.shape))
-            if where.shape != source.shape or site != source.feeds:
-                cells = cells.flatten(len(axes)).any(-1) if where.shape else cells
-                cells = cells.reshape(cells.shape + (1,) * len(source.shape))
-            for axis, name in enumerate(axes):
-                cells = cells if name in source.plates else cells.any(axis, keepdim=True)
-            found = cells if found is None else found | cells
-        return found
-
-    def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str]) -> Marks:
-        """Returns which rows of a level have values of their own."""
-        found: Marks = False
-        for site in level.sites:
-            marks = self._site_marks(site, plates)
-            if marks is None:
-                return True
-            cells, where = marks
-            rows = _laid(cells, where.plates, axes, len(where.shape))
-            rows = rows.flatten(len(axes)).any(-1) if where.shape else rows
-            found = rows if found is False else found | rows
-        return found
-
-    def _move(
-        self, level: Level, block: Block, plates: dict[str, Present], axes: list[str], sizes: dict[str, int]
-    ) -> Move:
-        """Returns the way of a level's rows in this call."""
-        assert level.into is not None
-        into = block.levels[level.into].plates
-        link = level.link
-        if link is None:
-            over = tuple(axes.index(name) for name in level.plates if name not in into)
-            return Move(len(axes), over, None, None, 0, level.pooled, level.into)
-        value = self.call.leaves[link.argument]
-        cell = tuple(size for axis, size in enumerate(value.shape) if axis not in link.axes)
-        source = Source(link.argument, link.rows, link.axes, (), cell, frozenset())
-        cells = pick_cells(source, value, plates)
-        index = cells.reshape(*cells.shape[: len(link.rows)], -1)[..., link.column].long() + link.offset
-        to = plates.get(link.to)
-        size = sizes.get(link.to, int(index.max()) + 1 if index.numel() else 0)
-        limit = to.full_size if to else size
-        if index.numel() and not bool(((index >= 0) & (index < limit)).all()):
-            raise ValueError(
-                f"{type(self.guide).__name__}: argument '{link.argument}' points to element "
-                f"{int(index.max() if index.min() >= 0 else index.min())} of plate '{link.to}', which has {limit} "
-                f"elements in this call. Make the plate as large as its index says."
-            )
-        if to is not None and to.indices is not None and to.size < to.full_size:
-            position = index.new_full((to.full_size,), -1)
-            position[torch.as_tensor(to.indices)] = torch.arange(to.size)
-            index = position[index]
-        rows = tuple(axes.index(name) for name in link.rows)
-        return Move(len(axes), rows, axes.index(link.to), index, size, level.pooled, level.into)
-
-    def _function_rows(self, block: Block) -> Tensor:
-        inputs = self.guide.options["inputs"]
-        if isinstance(inputs, dict):
-            inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates[-1:]) if key in inputs)
-        rows: Tensor = inputs(*self.args, **self.kwargs)  # type: ignore[operator]
-        return rows
 
     def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor]) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
@@ -507,17 +285,6 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             msg["is_observed"], msg["value"] = False, None
-
-
-def _laid(cells: Tensor, plates: tuple[str, ...], axes: list[str], cell_dim: int) -> Tensor:
-    """Gives cells, shape (..., *plates, *cell), an axis for every plate, of length one where they lack it."""
-    lead = cells.dim() - len(plates) - cell_dim
-    order = sorted(range(len(plates)), key=lambda i: axes.index(plates[i]))
-    cells = cells.permute(*range(lead), *(lead + i for i in order), *range(lead + len(plates), cells.dim()))
-    for position, name in enumerate(axes):
-        if name not in plates:
-            cells = cells.unsqueeze(lead + position)
-    return cells
 
 
 def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:

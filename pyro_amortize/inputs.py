@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pyro_amortize.encoders import joined
 from pyro_amortize.levels import Level
-from pyro_amortize.plan import width
 from pyro_amortize.structure import Source
 
 Prepare = str | None | Callable[[Tensor], Tensor]
@@ -40,7 +39,7 @@ class Inputs(nn.Module):
         self.sources = sources
         self.prepare = prepare
         auto = prepare == "auto"
-        columns = sum(width(source) for source in sources) if auto else 0
+        columns = sum(source.width for source in sources) if auto else 0
         self.register_buffer("shift", torch.zeros(columns))
         self.register_buffer("scale", torch.ones(columns))
 
@@ -117,15 +116,15 @@ class Inputs(nn.Module):
         marks: list[int] = []
         for i, source in enumerate(self.sources):
             own = _numel(source.shape) if source.kind in ("count", "level") else 0
-            marks += [i + 1] * own + [0] * (width(source) - own)
+            marks += [i + 1] * own + [0] * (source.width - own)
         return torch.tensor(marks, dtype=torch.long)
 
     def _indicators(self) -> Tensor:
         marks: list[bool] = []
         for source in self.sources:
-            own = width(source) - (_numel(source.shape) if source.missing else 0)
+            own = source.width - (_numel(source.shape) if source.missing else 0)
             marks += [source.kind in ("category", "binary")] * own
-            marks += [True] * (width(source) - own)
+            marks += [True] * (source.width - own)
         return torch.tensor(marks, dtype=torch.bool)
 
 

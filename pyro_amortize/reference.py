@@ -23,7 +23,8 @@ from pyro_amortize.encoders import Table
 from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
-from pyro_amortize.plan import AmortizationPlan, plan_amortization
+from pyro_amortize.plan import AmortizationPlan
+from pyro_amortize.planner import plan_amortization
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.structure import plates_of
 

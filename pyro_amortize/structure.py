@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,12 @@ class Source:
     kind: str = "real"
     categories: int = 0
     missing: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many features a cell gives after preparation."""
+        size = math.prod(self.shape)
+        return size * (self.categories if self.kind == "category" else 1) + (size if self.missing else 0)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pyro_amortize.inputs import Inputs, Present, pick_cells
-from pyro_amortize.plan import width
 from pyro_amortize.structure import Source
 
 DTYPE = torch.float64
@@ -70,7 +69,7 @@ def test_categories_become_one_hot():
     s = source(shape=(2,), kind="category", categories=3)
     features = prepared([s], [x])
     assert features.tolist() == [[1, 0, 0, 0, 0, 1], [0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1]]
-    assert width(s) == 6
+    assert s.width == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
@@ -83,7 +82,7 @@ def test_nan_is_filled_by_the_mean_and_marked():
     x = torch.tensor([1.0, torch.nan, 3.0], dtype=DTYPE)
     s = source(missing=True)
     features = prepared([s], [x])
-    assert width(s) == features.shape[1] == 2
+    assert s.width == features.shape[1] == 2
     assert features.tolist() == [[-1, 0], [0, 1], [1, 0]]
 
 

@@ -1,0 +1,329 @@
+"""A model's structure, turned into a plan: blocks of latents, and the data that inform each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from pyro_amortize.calls import Model
+from pyro_amortize.levels import Level, Ways
+from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Verdict
+from pyro_amortize.probes import examine
+from pyro_amortize.structure import Site, Source, Structure
+from pyro_amortize.verdict import Judge, overall, related_to
+
+
+def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> AmortizationPlan:
+    """Plans how to amortize a model: which latents are local, which global, and which data inform each.
+
+    The model is run a few times on the given data, small changes made to them; nothing is changed: not the random
+    state, the param store, or any module.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments, with at least two different rows of data.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The plan. ``print`` it.
+
+    Raises:
+        ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent, or a numpy array.
+        NotImplementedError: The model has ``pyro.markov``, enumerated latents or sequential plates.
+
+    Example:
+        >>> def model(x):
+        ...     theta = pyro.sample("theta", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(theta, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> print(plan_amortization(model, torch.randn(100)))
+        block  sites  plates  dim  parameters from  features  closable
+        theta  theta  -       1    table of 1       -         -
+        data   z      data    1    encoder(x)       1         yes
+        closable: True (rows of 'data' are independent given the globals, and the encoder sees all of a row's data)
+
+    References:
+        C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
+        https://arxiv.org/abs/2307.11018
+    """
+    return build_plan(examine(model, args, kwargs))
+
+
+def build_plan(
+    facts: Structure, tables: frozenset[str] = frozenset(), apart: frozenset[str] = frozenset(), inputs: Any = None
+) -> AmortizationPlan:
+    """Makes a plan from facts.
+
+    Args:
+        facts: What :func:`~pyro_amortize.probes.examine` found.
+        tables: Sites and plates whose parameters come from tables though they have data.
+        apart: Sites with an encoder of their own; global ones among them are amortized.
+        inputs: Names that replace the found inputs, for all blocks, or a dict from site or plate.
+    """
+    return _Planner(facts, tables, apart, inputs).plan()
+
+
+class _Planner:
+    """Makes one plan."""
+
+    def __init__(self, facts: Structure, tables: frozenset[str], apart: frozenset[str], inputs: Any) -> None:
+        self.facts, self.tables, self.apart, self.inputs = facts, tables, apart, inputs
+        self.ways = Ways(facts)
+        self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
+        self.latents = [site for site in facts.latents if site.name not in self.left]
+        self._refuse_discrete()
+        self.masks = {
+            site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
+            for site in facts.sites.values()
+            if site.mask is not None
+        }
+        unseen = {link.argument for link in facts.links} | {name for s in facts.sources for name in s.through if name}
+        unseen |= {
+            s.name for s in self.masks.values() if s and not s.feeds and s.reaches <= set(self.masks) | set(self.left)
+        }
+        self.sources = [source for source in facts.sources if source.name not in unseen]
+        # A global with an encoder of its own is local to the data set.
+        self.locals = {
+            site.name: site for site in self.latents if self._is_encoded_global(site) or self._is_local(site)
+        }
+        self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
+        self._refuse_series()
+        self.judge = Judge(facts, self.ways, self.sources, self._has_table, self._is_by_function)
+
+    def plan(self) -> AmortizationPlan:
+        """Returns the plan."""
+        grouped: dict[str, list[Site]] = {}
+        for site in self.latents:
+            together = site.name in self.locals and not self._has_table(site) and site.name not in self.apart
+            grouped.setdefault("/".join(site.plates) if together else site.name, []).append(site)
+        blocks, verdicts = [], []
+        for name, sites in grouped.items():
+            site, verdict = sites[0], None
+            if site.name not in self.locals:
+                levels: tuple[Level, ...] = ()
+            elif self._has_table(site):
+                self._refuse_unknown_rows(site)
+                levels = self._presence(sites)
+            else:
+                levels, complete = self._levels(name, sites)
+                verdict = self.judge.judge(sites, self._together(sites), levels, complete)
+                verdicts.append(verdict)
+            blocks.append(self._block(name, sites, levels, verdict))
+        order = {site.name: i for i, site in enumerate(self.latents)}
+        blocks.sort(key=lambda block: order[block.sites[0]])
+        return AmortizationPlan(
+            tuple(blocks),
+            overall(verdicts, self.latents),
+            self.left,
+            {name: plate.full_size for name, plate in self.facts.plates.items()},
+            self.facts.params,
+            tuple(site.name for site in self.facts.sites.values() if site.observed),
+            self.masks,
+            tuple(site.name for site in self.latents if site.unmasked),
+            tuple(site.name for site in self.facts.sites.values() if site.foreign),
+        )
+
+    # Which latents are local.
+
+    def _is_left_to_model(self, site: Site) -> bool:
+        has_data = any(self.facts.sites[name].observed for name in self.facts.reaches(site.name))
+        any_data = any(other.observed for other in self.facts.sites.values())
+        return (site.fixed and not site.discrete) or (any_data and not has_data)
+
+    def _has_table(self, site: Site) -> bool:
+        return site.foreign or bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
+
+    def _is_local(self, site: Site) -> bool:
+        """Whether rows of data, all of them in the call, belong to single elements of the site."""
+        if not site.plates:
+            return False
+        if isinstance(self.inputs, dict) and {site.name, *site.plates[-1:]} & set(self.inputs):
+            return True
+        informed = {site.name} | self.facts.reaches(site.name)
+        rows = [other for name in informed if (other := self.facts.sites[name]).observed]
+        data: list[Site | Source] = [*rows, *(source for source in self.sources if source.reaches & informed)]
+        return any(self.ways.covers(row.plates, site.plates) for row in data) and not self._is_partial(site, rows)
+
+    def _is_encoded_global(self, site: Site) -> bool:
+        if site.plates or site.name not in self.apart or site.name in self.tables:
+            return False
+        rows = [other for name in self.facts.reaches(site.name) if (other := self.facts.sites[name]).observed]
+        if self._is_partial(site, rows):
+            raise ValueError(
+                f"plan_amortization: '{site.name}' is to be encoded from the whole data set, but this call holds a "
+                f"minibatch of it. Pass all data, or leave '{site.name}' its table."
+            )
+        return True
+
+    def _is_partial(self, site: Site, rows: list[Site]) -> bool:
+        """Whether rows that are to be pooled come as minibatches, so that no call holds all of an element's data."""
+        small = {name for name, plate in self.facts.plates.items() if plate.size < plate.full_size}
+        pooled = {plate for row in rows if self.ways.covers(row.plates, site.plates) for plate in row.plates}
+        for plate in (pooled - set(site.plates)) & small:
+            holders = [s for s in self.facts.sources if plate in s.plates]
+            masked = any(self.masks.get(row.name, row) is None for row in rows if plate in row.plates)
+            if masked or not holders or any(plate not in s.indexed for s in holders):
+                return True
+        return False
+
+    def _together(self, sites: list[Site]) -> dict[str, Site]:
+        """Returns the local latents whose posteriors depend on each other given the globals, those given among them."""
+        found = {site.name: site for site in sites}
+        front = list(found.values())
+        while front:
+            site = front.pop()
+            for other in [*self.locals.values(), *self.others]:
+                near = site.name in other.children or other.name in site.children or site.children & other.children
+                if near and other.name not in found:
+                    found[other.name] = other
+                    front.append(other)
+        return found
+
+    # What informs them.
+
+    def _levels(self, name: str, sites: list[Site]) -> tuple[tuple[Level, ...], bool]:
+        """Returns the data of a block and their ways, and whether they are all that inform it."""
+        target, together = sites[0].plates, self._together(sites)
+        related = related_to(together)
+        rows = [site for n in related if (site := self.facts.sites[n]).observed]
+        found = [source for source in self.sources if source.reaches & related]
+        contexts = {frozenset(site.plates) for site in together.values()} - {frozenset(target)}
+        coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
+        chosen, complete = self._chosen(name, sites), True
+        if callable(chosen):
+            dims = tuple(self.facts.plates[plate].dim for plate in target)
+            found = [Source(FUNCTION, target, tuple(range(len(target))), dims, (), frozenset(related))]
+            coarser = []
+        elif chosen is not None:
+            names = [chosen] if isinstance(chosen, str) else list(chosen)
+            picked = [self._named_source(target, n, frozenset(related)) for n in names]
+            complete = {s.name for s in found} <= {s.name for s in picked}
+            found = picked
+        levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
+        if not any(level.sources for level in levels):
+            self._refuse_dataless(sites[0])
+        return levels, complete
+
+    def _presence(self, sites: list[Site]) -> tuple[Level, ...]:
+        """Returns what tells which elements of a table have data, where some may have none."""
+        related = related_to(self._together(sites))
+        rows = [site for n in related if (site := self.facts.sites[n]).observed]
+        levels = self.ways.levels(sites[0].plates, [], rows, [])
+        can_lack = any(level.link for level in levels) or any(name in self.masks for x in levels for name in x.sites)
+        return levels if can_lack else ()
+
+    def _is_by_function(self, site: Site) -> bool:
+        return callable(self._chosen(site.name, [site]))
+
+    def _chosen(self, name: str, sites: list[Site]) -> Any:
+        if not isinstance(self.inputs, dict):
+            return self.inputs
+        keys = [key for key in (name, *(site.name for site in sites), *sites[0].plates[-1:]) if key in self.inputs]
+        return self.inputs[keys[0]] if keys else None
+
+    def _named_source(self, target: tuple[str, ...], name: str, related: frozenset[str]) -> Source:
+        for source in self.facts.sources:
+            if name in (source.name, source.feeds):
+                return source
+        shape, axes = self.facts.shapes.get(name, ()), list[int]()
+        plates = [self.facts.plates[plate] for plate in target]
+        for plate in plates:
+            lengths = (plate.size, plate.full_size)
+            axes += [next((i for i, n in enumerate(shape) if n in lengths and i not in axes), -1)]
+        if not shape or -1 in axes:
+            known = [source.name for source in self.sources] or list(self.facts.shapes)
+            sizes = " and ".join(f"{plate.size} rows for plate '{plate.name}'" for plate in plates)
+            raise ValueError(
+                f"plan_amortization: inputs names '{name}', which is no observed site and no argument with {sizes}. "
+                f"Known: {known}."
+            )
+        indexed = {p.name for p, axis in zip(plates, axes, strict=True) if shape[axis] == p.full_size > p.size}
+        rest = tuple(size for i, size in enumerate(shape) if i not in axes)
+        dims = tuple(plate.dim for plate in plates)
+        return Source(name, target, tuple(axes), dims, rest, related, indexed=frozenset(indexed))
+
+    def _block(self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None) -> Block:
+        shapes = tuple(site.shape for site in sites)
+        dims = tuple(math.prod(shape) for shape in shapes)
+        levels = tuple(replace(level, width=sum(source.width for source in level.sources)) for level in levels)
+        inputs = dict.fromkeys(source.name for level in levels for source in level.sources)
+        return Block(
+            name=name,
+            sites=tuple(site.name for site in sites),
+            plates=sites[0].plates,
+            dim=sum(dims),
+            inputs=tuple(inputs),
+            features=sum(source.width for source in {s for level in levels for s in level.sources}),
+            amortized=verdict is not None,
+            closable=verdict.closable if verdict else None,
+            dims=dims,
+            shapes=shapes,
+            levels=levels,
+            rows=math.prod(self.facts.plates[plate].full_size for plate in sites[0].plates),
+            exact_prior=not any(site.couples for site in self._together(sites).values()),
+        )
+
+    # What cannot be.
+
+    def _refuse_series(self) -> None:
+        for site in self.locals.values():
+            if site.markov:
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
+                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+
+    def _refuse_discrete(self) -> None:
+        facts = self.facts
+        if not any(site.observed for site in facts.sites.values()) and facts.empty:
+            raise ValueError(
+                f"plan_amortization: no site of the model is observed, and argument '{facts.empty[0]}' is None. "
+                f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
+            )
+        for site in facts.sites.values():
+            if not site.observed and site.enumerated and site in self.latents:
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' is enumerated; enumerated latents are not supported yet. "
+                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+            if not site.observed and site.discrete and site in self.latents:
+                raise ValueError(
+                    f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
+                    f"variable as documented in https://pyro.ai/examples/enumeration.html , or hide it from the guide: "
+                    f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+
+    def _refuse_unknown_rows(self, site: Site) -> None:
+        """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""
+        for plate in (self.facts.plates[name] for name in site.plates):
+            given = [
+                s.name for s in self.facts.sources if s.axes is not None and plate.name in set(s.plates) - s.indexed
+            ]
+            if plate.at_random and given:
+                raise ValueError(
+                    f"plan_amortization: '{site.name}' has a table, but which rows of plate '{plate.name}' the "
+                    f"minibatch '{given[0]}' holds is not said: the plate draws indices of its own. Say it, "
+                    f"pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or use an encoder."
+                )
+
+    def _refuse_dataless(self, site: Site) -> None:
+        facts = self.facts
+        plate = facts.plates[site.plates[-1]] if site.plates else None
+        size = plate.size if plate else 0
+        same = [argument for argument in facts.indistinct if size in facts.shapes[argument]]
+        why = (
+            f"all rows of argument '{same[0]}' are equal"
+            if same
+            else "it has a single row"
+            if size == 1
+            else "no argument was found whose rows enter the densities one by one"
+        )
+        what = same[0] if same else next(iter(facts.shapes), "x")
+        where = f" in plate '{plate.name}'" if plate else ""
+        key = plate.name if plate else site.name
+        raise ValueError(
+            f"plan_amortization: cannot tell which data inform '{site.name}'{where}: {why}. Plan from at "
+            f"least two rows that differ, or say it: AutoAmortized(model, inputs={{'{key}': ['{what}']}})."
+        )

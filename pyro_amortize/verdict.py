@@ -1,0 +1,177 @@
+"""Whether amortizing can be lossless, judged from a model's structure alone, before training.
+
+In a simple hierarchical model, p(theta) prod_n p(z_n | theta) p(x_n | z_n, theta), a function of x_n alone can reach
+the mean-field optimum of every datum (Margossian & Blei, UAI 2024, theorem 3.4). With nested groups a datum is all
+that stands inside an element of the outermost plate of local latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyro_amortize.levels import Level, Ways
+from pyro_amortize.plan import Verdict
+from pyro_amortize.structure import Site, Source, Structure
+
+
+class Judge:
+    """Judges the blocks of a plan.
+
+    Args:
+        facts: The model's structure.
+        ways: The ways between its levels.
+        sources: Its data.
+        has_table: Tells of a latent whether a table holds its parameters.
+        by_function: Tells of a latent whether a function of the user's own says what its encoder sees.
+    """
+
+    def __init__(
+        self,
+        facts: Structure,
+        ways: Ways,
+        sources: list[Source],
+        has_table: Callable[[Site], bool],
+        by_function: Callable[[Site], bool],
+    ) -> None:
+        self.facts, self.ways, self.sources = facts, ways, sources
+        self.has_table, self.by_function = has_table, by_function
+
+    def judge(self, sites: list[Site], together: dict[str, Site], levels: tuple[Level, ...], complete: bool) -> Verdict:
+        """Returns the verdict on a block.
+
+        Args:
+            sites: Its latents.
+            together: All local latents whose posteriors depend on each other, these among them.
+            levels: The data that its encoder sees.
+            complete: Whether these are all data that were found to inform it.
+        """
+        related = related_to(together)
+        informing = [source for source in self.sources if source.reaches & related]
+        plates = {plate for site in together.values() for plate in site.plates}
+        plates |= {plate for level in levels for plate in level.plates}
+        coupled = self._coupled(together, informing, self.by_function(sites[0])) or self._crossed(together)
+        if coupled:
+            return coupled
+        shown = {source.name for level in levels for source in level.sources}
+        if not complete:
+            missing = sorted({source.name for source in informing} - shown)
+            return Verdict(False, f"inputs leaves out '{missing[0]}', which informs '{sites[0].name}'")
+        unclear = self._unclear(sites, levels, plates, shown)
+        if unclear:
+            return unclear
+        if not sites[0].plates:
+            return Verdict(True, f"the encoder of '{sites[0].name}' sees all data")
+        outer = min((site.plates for site in together.values() if site.plates), key=len)
+        return Verdict(
+            True,
+            f"rows of '{'/'.join(outer)}' are independent given the globals, and the encoder sees all of a row's data",
+        )
+
+    def _coupled(self, together: dict[str, Site], informing: list[Source], by_function: bool) -> Verdict | None:
+        """Finds elements of one plate whose posteriors need each other's data."""
+        for site in together.values():
+            if site.couples and site.plates:
+                via = sorted(site.children) or [site.name]
+                return Verdict(
+                    False,
+                    f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
+                    f"other rows' data; a function that adds some of them narrows the gap, "
+                    f"inputs={{'{site.name}': lambda ...: ...}}",
+                    factorizes=False,
+                )
+        for source in informing:
+            for plate in sorted(source.couples):
+                reason = (
+                    f"a row of '{source.name}' enters the densities of other rows of plate '{plate}', so a row's "
+                    f"posterior needs its neighbours' data"
+                )
+                if by_function:
+                    return Verdict(None, f"{reason}; whether inputs= holds them could not be told", factorizes=False)
+                name = next(iter(together))
+                fix = f"add them, inputs={{'{name}': lambda ...: torch.stack([x.roll(1, 0), x], -1)}}, say"
+                return Verdict(False, f"{reason}; {fix}", factorizes=False)
+        return None
+
+    def _unclear(
+        self, sites: list[Site], levels: tuple[Level, ...], plates: set[str], shown: set[str]
+    ) -> Verdict | None:
+        """Finds what the model knows of a row beside its data, and what could not be tried."""
+        facts = self.facts
+        for plate in sorted(plates):
+            if facts.hidden[plate]:
+                pooled = plate not in sites[0].plates and any(x.pooled and plate in x.plates for x in levels)
+                whole = (
+                    f"pooling loses that; pass an element's rows whole, inputs={{'{sites[0].name}': lambda ...: ...}}"
+                )
+                return Verdict(
+                    False,
+                    f"rows of '{plate}' with equal data have different densities: the model knows something of a row "
+                    f"that no argument carries (a closure, the index, a parameter a row); "
+                    f"{whole if pooled else 'pass it as an argument'}",
+                )
+        sizes = {facts.plates[plate].size for plate in plates}
+        untold = [name for name in facts.indistinct if sizes & set(facts.shapes[name]) and name not in shown]
+        if untold:
+            return Verdict(
+                None,
+                f"all rows of '{untold[0]}' are equal, so it could not be told whether it informs '{sites[0].name}'; "
+                f"if it does, name it in inputs=",
+            )
+        for plate in sorted(plates & {plate for source in facts.sources for plate in source.plates}):
+            if facts.hidden[plate] is None and facts.plates[plate].size > 1:
+                return Verdict(
+                    None, f"it could not be tried whether rows of '{plate}' with equal data have equal densities"
+                )
+        return None
+
+    def _crossed(self, together: dict[str, Site]) -> Verdict | None:
+        """Finds two latents of which neither's elements hold the other's, yet whose posteriors meet."""
+        local = [site for site in together.values() if site.plates]
+        for one in (site for site in local if not self.has_table(site)):
+            for other in local:
+                apart = not self.ways.covers(one.plates, other.plates) and not self.ways.covers(
+                    other.plates, one.plates
+                )
+                meet = sorted(
+                    (one.children & other.children) | ({one.name, other.name} & (one.children | other.children))
+                )
+                if apart and meet:
+                    mine, theirs = "/".join(one.plates), "/".join(other.plates)
+                    if self.has_table(other) and self.by_function(one):
+                        continue
+                    if self.has_table(other):
+                        return Verdict(
+                            False,
+                            f"pooling over the rows of '{mine}' loses which element of '{other.name}' (plate "
+                            f"'{theirs}') each belongs to; pass them whole, inputs={{'{one.name}': lambda ...: ...}}",
+                        )
+                    return Verdict(
+                        False,
+                        f"'{one.name}' (plate '{mine}') and '{other.name}' (plate '{theirs}') meet crosswise at "
+                        f"'{meet[0]}', so the posterior of an element of '{mine}' needs the data of all of '{theirs}'; "
+                        f"a table for one side, encoder={{'{other.name}': Table()}}, leaves the other to amortize",
+                        factorizes=False,
+                    )
+        return None
+
+
+def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
+    """Returns the verdict on a whole plan, from those on its encoded blocks."""
+    for closable in (False, None, True):
+        chosen = [verdict for verdict in verdicts if verdict.closable is closable]
+        if chosen:
+            return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
+    for site in latents:
+        if site.row_plates:
+            return Verdict(
+                False,
+                f"'{site.name}' is drawn for all rows of '{site.row_plates[0]}' together, as in a process, so a "
+                f"row's posterior needs all data: it has a table. If rows are independent, draw it in the plate",
+                factorizes=False,
+            )
+    return Verdict(True, "nothing is amortized: every block is a table")
+
+
+def related_to(latents: dict[str, Site]) -> set[str]:
+    """The latents and the sites whose densities depend on them."""
+    return set(latents).union(*(site.children for site in latents.values()))
