@@ -41,6 +41,7 @@ from pyro_amortize.encoders import (
     gathered,
     on_rows,
 )
+from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
 from pyro_amortize.handler import GuidedRun, Replicate, part_key
 from pyro_amortize.inputs import Preparation, Prepare
@@ -48,7 +49,6 @@ from pyro_amortize.parameters import load_model_state, model_state, preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.probes import examine
 from pyro_amortize.reading import Reading
 from pyro_amortize.supports import bijection, init_to_center, is_delta
 

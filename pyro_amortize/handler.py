@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, opened
 from pyro_amortize.encoders import Rows, gathered
+from pyro_amortize.held import is_index
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior, prior_median
-from pyro_amortize.probes import is_index
 from pyro_amortize.reading import Reader, Reading
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import dressed, is_improper, unconstrained_shape, without_masks

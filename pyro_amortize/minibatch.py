@@ -19,8 +19,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
+from pyro_amortize.examination import examine
+from pyro_amortize.held import HeldRun
 from pyro_amortize.parameters import preserved
-from pyro_amortize.probes import HeldRun, examine
 from pyro_amortize.structure import Plate, Source
 
 SUBSAMPLES_ITSELF = "the model subsamples by itself"

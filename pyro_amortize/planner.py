@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_amortize.calls import Model
+from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Verdict
-from pyro_amortize.probes import examine
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, overall, related_to
 
@@ -57,7 +57,7 @@ def build_plan(
     """Makes a plan from facts.
 
     Args:
-        facts: What :func:`~pyro_amortize.probes.examine` found.
+        facts: What :func:`~pyro_amortize.examination.examine` found.
         tables: Sites and plates whose parameters come from tables though they have data.
         apart: Sites with an encoder of their own; global ones among them are amortized.
         inputs: Names that replace the found inputs, for all blocks, or a dict from site or plate.

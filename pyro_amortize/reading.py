@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
+from pyro_amortize.held import HeldRun, site_cells, site_mask
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, presence
-from pyro_amortize.probes import HeldRun, site_cells, site_mask
 from pyro_amortize.structure import Plate, Source, plates_of
 
 

@@ -11,8 +11,10 @@ PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
     {"arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families", "posterior"},
-    {"encoders", "levels"},
+    {"encoders", "levels", "held"},
     {"probes"},
+    {"latents", "sources"},
+    {"examination"},
     {"plan", "inputs"},
     {"verdict", "reading"},
     {"planner", "handler"},

@@ -8,8 +8,8 @@ from models import CASES, SIGMA, TAU
 from pyro import poutine
 
 from pyro_amortize import AmortizationPlan, AutoAmortizedNormal, plan_amortization
+from pyro_amortize.examination import examine
 from pyro_amortize.planner import build_plan
-from pyro_amortize.probes import examine
 
 cases = pytest.mark.parametrize("name", CASES)
 

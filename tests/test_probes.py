@@ -9,7 +9,7 @@ from models import CASES
 from pyro import poutine
 from torch.nn import functional as F
 
-from pyro_amortize.probes import examine
+from pyro_amortize.examination import examine
 
 
 def normal(loc=0.0):

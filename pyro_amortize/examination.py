@@ -1,0 +1,58 @@
+"""A model and example arguments, turned into facts: what depends on what, found by running the model.
+
+Nothing is changed by looking: not the random state, the param store, module buffers, or a Pyro handler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pyro_amortize.calls import Call, Model, opened
+from pyro_amortize.held import HeldRun
+from pyro_amortize.latents import LatentProbes
+from pyro_amortize.parameters import preserved
+from pyro_amortize.probes import Probes
+from pyro_amortize.sources import SourceProbes
+from pyro_amortize.structure import Structure
+
+
+def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+    """Finds the facts about a model that a plan needs.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments, with real data in them.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        ValueError: An argument is a numpy array.
+        NotImplementedError: A site stands in a sequential plate.
+    """
+    call = Call(model, args, kwargs)
+    for name, value in call.leaves.items():
+        if isinstance(value, np.ndarray):
+            raise ValueError(
+                f"plan_amortization: argument '{name}' is a numpy array; Pyro's densities need tensors. "
+                f"Pass torch.as_tensor({name})."
+            )
+    model, hides = opened(model)
+    with preserved(model, evaluating=True):
+        return _structure(Probes(HeldRun(model, call), hides))
+
+
+def _structure(probes: Probes) -> Structure:
+    latents, data = LatentProbes(probes), SourceProbes(probes)
+    sites = {name: latents.site(name) for name in probes.factors}
+    sources, indistinct = data.sources()
+    sites = {n: replace(s, mask=data.mask(n, sources)) if s.observed else s for n, s in sites.items()}
+    masked = {name for name, site in sites.items() if site.mask is not None}
+    sources = [replace(s, missing=s.missing or s.reaches <= masked) for s in sources]
+    hidden = {plate.name: data.hidden(plate, sources) for plate in probes.plates.values()}
+    params = tuple(name for name, node in probes.base.nodes.items() if node["type"] == "param")
+    shapes = {name: tuple(leaf.shape) for name, leaf in probes.held.call.tensors.items()}
+    empty = tuple(name for name, leaf in probes.held.call.leaves.items() if leaf is None)
+    links = tuple(dict.fromkeys(probes.links))
+    return Structure(sites, probes.plates, tuple(sources), links, hidden, indistinct, params, shapes, empty)

@@ -1,0 +1,140 @@
+"""A model run again and again with its latents, subsample indices and random state held, and one thing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from pyro_amortize.calls import Call, Model
+from pyro_amortize.structure import Plate
+from pyro_amortize.supports import generic_value
+
+
+class HeldRun(Messenger):
+    """Runs a model with its latents, subsample indices and random state held at what the first run made them."""
+
+    def __init__(self, model: Model, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.values: dict[str, Tensor] = {}
+        self.indices: dict[str, Any] = {}
+        self.drawn: set[str] = set()
+        self.plate_dims: dict[str, dict[str, int]] = {}
+        self._latents: dict[str, Tensor] = {}
+        self._observed: dict[str, Tensor] = {}
+
+    def run(
+        self,
+        leaves: dict[str, Any] | None = None,
+        latents: dict[str, Tensor] | None = None,
+        observed: dict[str, Tensor] | None = None,
+        seed: int = 0,
+        under: Any = None,
+    ) -> poutine.Trace:
+        """Runs the model once, with some arguments, latents or observations other than held.
+
+        Returns:
+            The trace, with ``log_prob`` (masks and scales applied) at every sample site.
+        """
+        self._latents, self._observed = latents or {}, observed or {}
+        values = {name: value.clone() for name, value in self.call.tensors.items()}
+        args, kwargs = self.call.replaced({**values, **(leaves or {})})
+        pyro.set_rng_seed(seed)
+        with torch.no_grad(), poutine.block(), under or nullcontext(), self:
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        trace = prune_subsample_sites(trace)
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site["is_observed"]:
+                _refuse_nan(name, site)
+        with torch.no_grad():
+            trace.compute_log_prob()
+        return trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            self.drawn |= {name} if msg["value"] is None else set()
+            msg["value"] = self.indices.get(name, msg["value"])
+        elif msg["is_observed"]:
+            msg["value"] = self._observed.get(name, msg["value"])
+        else:
+            if name not in self.values:
+                self.values[name] = generic_value(msg)
+                events = len(msg["fn"].event_shape)
+                self.plate_dims[name] = {f.name: f.dim - events for f in msg["cond_indep_stack"] if f.vectorized}
+            msg["value"] = self._latents.get(name, self.values[name])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and is_index(msg["value"]):
+            self.indices.setdefault(msg["name"], msg["value"])
+
+
+def site_cells(value: Tensor, event_dim: int, plates: Sequence[Plate]) -> Tensor:
+    """Returns an observed value with its plates' axes first, expanded where it was broadcast."""
+    dims = [plate.dim - event_dim for plate in plates]
+    value = value.reshape((1,) * (max((-dim for dim in dims), default=0) - value.dim()) + value.shape)
+    cells = value.movedim(dims, list(range(len(dims)))) if dims else value
+    return cells.expand((*(plate.size for plate in plates), *cells.shape[len(dims) :]))
+
+
+def site_mask(site: Any) -> Tensor | None:
+    """Returns which entries of an observed site count, shape of its value; None if all do."""
+    value, fn = site["value"], site["fn"]
+    masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    found = None
+    for mask, event_dim in masks:
+        mask = torch.as_tensor(mask, device=value.device)
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+        found = mask if found is None else found & mask
+    return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
+
+
+def is_index(value: Any) -> bool:
+    """Tells whether the value of a plate's own site says which elements are present."""
+    return not isinstance(value, Tensor) or (value.dim() == 1 and not value.is_floating_point())
+
+
+def has_nan(value: Tensor) -> bool:
+    """Tells whether a tensor holds NaN."""
+    return value.is_floating_point() and bool(value.isnan().any())
+
+
+def _refuse_nan(name: str, site: Any) -> None:
+    value, event_dim = site["value"], len(site["fn"].event_shape)
+    if not has_nan(value) or site["mask"] is False or site["infer"].get("_deterministic"):
+        return
+    holes = value.isnan().flatten(value.dim() - event_dim).any(-1) if event_dim else value.isnan()
+    mask = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
+    if bool((holes & mask).any()):
+        raise ValueError(
+            f"plan_amortization: the values observed at site '{name}' hold NaN that no mask covers, so its density "
+            f"is NaN. Mask them: 'with poutine.mask(mask=~y.isnan()): pyro.sample({name!r}, ..., obs=y.nan_to_num())'."
+        )
+
+
+def kind_of(fn: Any) -> tuple[str, int]:
+    """Says what the values of an observed site are, and how many categories they have."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.Categorical):
+        return "category", fn.logits.shape[-1]
+    support = fn.support
+    if type(support).__name__ in ("_Boolean", "_OneHot"):
+        return "binary", 0
+    if not support.is_discrete:
+        return "real", 0
+    return ("level" if hasattr(support, "upper_bound") else "count"), 0

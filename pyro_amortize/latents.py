@@ -1,0 +1,173 @@
+"""What depends on a latent: probes that replace it, whole, by halves, and by the digits of its elements' numbers."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_amortize.held import kind_of, site_mask
+from pyro_amortize.probes import Probes, spread_out
+from pyro_amortize.structure import Link, Plate, Site
+from pyro_amortize.supports import generic_value, is_delta, unconstrained_shape
+
+
+class LatentProbes:
+    """Finds the facts about sites.
+
+    Args:
+        probes: The look at the model that is taken. Links that are found are added to its own.
+    """
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
+
+    def site(self, name: str) -> Site:
+        site = self.probes.factors[name]
+        plates = self.probes.frames(name)
+        names = tuple(plate.name for plate in plates)
+        infer = site["infer"]
+        facts: dict[str, Any] = {"markov": "_markov_depth" in infer, "enumerated": infer.get("enumerate") is not None}
+        facts["foreign"] = not site["is_observed"] and self.probes.hides(site)
+        if site["is_observed"]:
+            kind, categories = kind_of(site["fn"])
+            return Site(name, True, names, tuple(site["value"].shape), kind=kind, categories=categories, **facts)
+        discrete = bool(site["fn"].support.is_discrete)
+        if discrete or is_delta(site["fn"]):
+            shape = tuple(site["fn"].shape())
+            children = self._moved_by(name, {name: self._other(name)}) if discrete else frozenset()
+            return Site(name, False, names, shape, children, fixed=True, discrete=discrete, **facts)
+        unconstrained = list(unconstrained_shape(site))
+        batch = len(site["fn"].batch_shape)
+        kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
+        children, couples = self._latent_probe(name, plates)
+        facts |= {"row_plates": self._row_plates(name, children), "unmasked": self._is_unmasked(name)}
+        return Site(name, False, names, tuple(kept), children, couples, **facts)
+
+    def _row_plates(self, name: str, children: frozenset[str]) -> tuple[str, ...]:
+        """Replaces half of the entries of a global vector; tells of which plates just those rows move."""
+        site, found = self.probes.factors[name], []
+        if site["value"].dim() != 1 or len(site["fn"].event_shape) != 1:
+            return ()
+        for plate in self.probes.plates.values():
+            if len(site["value"]) != plate.size or plate.size < 3:
+                continue
+            torch.manual_seed(6)
+            half = _half(plate.size)
+            moved = self.probes.changed(
+                latents={name: torch.where(half.to(site["value"].device), generic_value(site), site["value"])}
+            )
+            rows = (
+                [self.probes.rows(moved, n, plate) > 0 for n in children if plate in self.probes.frames(n)]
+                if moved
+                else []
+            )
+            if rows and all(bool((row == half).all()) for row in rows):
+                found.append(plate.name)
+        return tuple(found)
+
+    def _is_unmasked(self, name: str) -> bool:
+        """Replaces what a mask covers of a latent's prior; tells whether anything depends on that."""
+        site = self.probes.factors[name]
+        mask = site_mask(site)
+        if mask is None or bool(mask.all()):
+            return False
+        torch.manual_seed(5)
+        return bool(self._moved_by(name, {name: torch.where(mask, site["value"], generic_value(site))}))
+
+    def _other(self, name: str) -> Tensor:
+        """Draws a discrete value that differs from the held one, if one turns up."""
+        site = self.probes.factors[name]
+        draws = (site["fn"].sample() for _ in range(20))
+        return next((draw for draw in draws if not torch.equal(draw, site["value"])), site["value"])
+
+    def _moved_by(self, name: str, latents: dict[str, Tensor]) -> frozenset[str]:
+        moved = self.probes.changed(latents=latents)
+        if moved is None:
+            return frozenset(self.probes.factors) - {name}
+        return frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
+
+    def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
+        """Replaces a latent, whole and by half; returns its children, and along which plates it couples."""
+        torch.manual_seed(1)
+        fresh = generic_value(self.probes.factors[name])
+        children = self._moved_by(name, {name: fresh})
+        chosen = {plate.name: _half(plate.size) for plate in plates}
+        moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
+        if moved is None:
+            return frozenset(self.probes.factors) - {name}, frozenset(plate.name for plate in plates)
+        couples = set()
+        for plate in plates:
+            inside = [n for n in children | {name} if plate in self.probes.frames(n)]
+            spared = ~chosen[plate.name]
+            if plate.size > 1 and any(bool(self.probes.rows(moved, n, plate)[spared].any()) for n in inside):
+                couples.add(plate.name)
+            outside = children - set(inside)
+            if outside and not self._find_links(name, fresh, plate, outside):
+                couples.add(plate.name)
+        return children, frozenset(couples)
+
+    def _mixed(self, name: str, fresh: Tensor, chosen: dict[str, Tensor]) -> Tensor:
+        """Puts fresh values at the chosen elements of some plates."""
+        site = self.probes.factors[name]
+        where = torch.ones((), dtype=torch.bool)
+        for plate, rows in chosen.items():
+            where = where & rows.reshape((-1,) + (1,) * (-self.probes.plates[plate].dim - 1))
+        where = where.reshape(where.shape + (1,) * len(site["fn"].event_shape))
+        return torch.where(where.to(fresh.device), fresh, site["value"])
+
+    def _find_links(self, name: str, fresh: Tensor, plate: Plate, children: frozenset[str] | set[str]) -> bool:
+        """Finds which element of a plate each row of other plates' sites depends on; tells whether on one at most.
+
+        The elements are numbered in binary. Those with a one as their k-th digit are replaced together, then those
+        with a zero: a row that depends on a single element moves in one of the two runs, which is that digit of the
+        element's number, and a row that depends on two elements moves in both runs for some digit.
+        """
+        numbers = torch.arange(plate.size)
+        found = {
+            child: torch.zeros(self.probes.factors[child]["log_prob"].shape, dtype=torch.long) for child in children
+        }
+        depends = dict.fromkeys(children, torch.tensor(False))
+        for digit in range(max(1, (plate.size - 1).bit_length())):
+            runs = []
+            for value in (0, 1):
+                chosen = {plate.name: (numbers >> digit & 1) == value}
+                runs.append(self.probes.changed(latents={name: self._mixed(name, fresh, chosen)}))
+            zeros, ones = runs
+            if zeros is None or ones is None or any(bool(((zeros[c] > 0) & (ones[c] > 0)).any()) for c in children):
+                return False
+            for child in children:
+                found[child] += (ones[child] > 0).long() << digit
+                depends[child] = (ones[child] + zeros[child]) > 0
+        for child in children:
+            link = self._link(child, plate, found[child], depends[child])
+            if link is None:
+                return False
+            self.probes.links.append(link)
+        return True
+
+    def _link(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> Link | None:
+        """Finds the argument that holds each row's element, as it stands or counted from one."""
+        whole = [leaf for leaf in self.probes.held.call.tensors.items() if not leaf[1].is_floating_point()]
+        frames = self.probes.frames(child)
+        for offset in (0, -1):
+            for count in range(1, len(frames) + 1):
+                for rows in combinations(frames, count):
+                    for name, leaf in whole:
+                        for axes in permutations(range(leaf.dim()), count):
+                            cells = self.probes.cells(leaf, axes, rows)
+                            for column in range(0 if cells is None else cells.shape[-1]):
+                                numbers = spread_out(cells[..., column], rows)  # type: ignore[index]
+                                if bool(((numbers + offset == elements) | ~depends).all()):
+                                    names = tuple(row.name for row in rows)
+                                    return Link(names, plate.name, name, axes, column, offset)
+        return None
+
+
+def _half(size: int) -> Tensor:
+    """Marks about half the elements, at random."""
+    rows = torch.zeros(size, dtype=torch.bool)
+    rows[torch.randperm(size)[: max(1, size // 2)]] = True
+    return rows

@@ -1,0 +1,351 @@
+"""Where data enter a model: probes that write rows of arguments over others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+
+from pyro_amortize.held import has_nan, kind_of, site_cells, site_mask
+from pyro_amortize.probes import Probes
+from pyro_amortize.structure import Plate, Source
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """That an argument's axis is a plate's."""
+
+    plate: Plate
+    axis: int
+    indexed: bool
+    reaches: frozenset[str]
+    couples: bool
+    through: str | None = None
+
+
+class SourceProbes:
+    """Finds the facts about data.
+
+    Args:
+        probes: The look at the model that is taken, its links known.
+    """
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
+
+    def sources(self) -> tuple[list[Source], tuple[str, ...]]:
+        """Finds the arguments with data in them and the observed sites whose data no argument carries."""
+        found: list[Source] = []
+        indistinct: list[str] = []
+        explained = {
+            name
+            for name in self.probes.factors
+            if all(plate.size == 1 for plate in self.probes.frames(name))
+            and self._is_argument(name)  # one row tells nothing
+        }
+        for name, leaf in self.probes.held.call.tensors.items():
+            claims: list[_Claim] = []
+            tried = distinct = False
+            for plate in self.probes.plates.values():
+                if self._is_index(leaf, plate):
+                    continue
+                best: _Claim | None = None
+                for axis, length in enumerate(leaf.shape):
+                    if length in (plate.size, plate.full_size) and plate.size > 1:
+                        tried = True
+                        claim, differs, touched = self._row_copy(name, leaf, axis, plate)
+                        distinct |= differs
+                        explained |= touched
+                        if claim is not None and (best is None or (best.couples and not claim.couples)):
+                            best = claim
+                if best is None or best.couples:
+                    best = self._picked_claim(name, leaf, plate) or best
+                    explained |= best.reaches if best and best.through else set()
+                claims += [best] if best is not None else []
+            found += self._from_claims(name, leaf, claims)
+            if tried and not claims and not distinct:
+                indistinct.append(name)
+                explained |= {s for s in self.probes.factors if self._feeds_equal_rows(leaf, s)}
+        found += [self._from_site(name) for name in self.probes.factors if self._stands_alone(name, explained)]
+        return found, tuple(indistinct)
+
+    def _is_index(self, leaf: Tensor, plate: Plate) -> bool:
+        indices = self.probes.held.indices.get(plate.name)
+        if not isinstance(indices, Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
+            return False
+        explicit = plate.size < plate.full_size or not torch.equal(indices.cpu(), torch.arange(plate.size))
+        return explicit and leaf.shape == indices.shape and bool((leaf == indices).all())
+
+    def _stands_alone(self, name: str, explained: set[str]) -> bool:
+        site = self.probes.factors[name]
+        in_plates = any(plate.size > 1 for plate in self.probes.frames(name))
+        return in_plates and site["is_observed"] and not site_is_factor(site) and name not in explained
+
+    def _from_site(self, name: str) -> Source:
+        site = self.probes.factors[name]
+        kind, categories = kind_of(site["fn"])
+        plates = self.probes.frames(name)
+        names, dims = tuple(plate.name for plate in plates), tuple(plate.dim for plate in plates)
+        value = site_cells(site["value"], len(site["fn"].event_shape), plates)
+        shape = tuple(value.shape[len(plates) :])
+        missing = has_nan(value)
+        return Source(
+            name, names, None, dims, shape, frozenset({name}), feeds=name, kind=kind, categories=categories,
+            missing=missing,
+        )  # fmt: skip
+
+    def _from_claims(self, name: str, leaf: Tensor, claims: list[_Claim]) -> list[Source]:
+        """Makes one source of an argument's axes; several if the plates of one axis never stand around one site."""
+        plain = {claim.axis for claim in claims if not claim.couples and not claim.through}
+        claims = [claim for claim in claims if not ((claim.couples or claim.through) and claim.axis in plain)]
+        together = {frozenset(c.plate.name for c in claims if site in c.reaches) for c in claims for site in c.reaches}
+        sources = []
+        for names in sorted((t for t in together if not any(t < other for other in together)), key=sorted):
+            mine = sorted((c for c in claims if c.plate.name in names), key=lambda claim: claim.plate.dim)
+            if len({claim.axis for claim in mine}) < len(mine):
+                continue
+            plates, axes = [claim.plate for claim in mine], tuple(claim.axis for claim in mine)
+            for claim in mine:
+                leaf = leaf if claim.through is None else self._picked(leaf, claim.axis, claim.through)
+            cells = self.probes.cells(leaf, axes, tuple(plates))
+            feeds = next(
+                (s for s in self.probes.factors if cells is not None and self._is_value(cells, s, plates)), None
+            )
+            kind, categories = "binary" if leaf.dtype == torch.bool else "real", 0
+            if feeds is not None:
+                kind, categories = kind_of(self.probes.factors[feeds]["fn"])
+            sources.append(
+                Source(
+                    name,
+                    tuple(plate.name for plate in plates),
+                    axes,
+                    tuple(plate.dim for plate in plates),
+                    tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes),
+                    frozenset().union(*(claim.reaches for claim in mine)),
+                    tuple(claim.through for claim in mine),
+                    frozenset(claim.plate.name for claim in mine if claim.indexed),
+                    frozenset(claim.plate.name for claim in mine if claim.couples),
+                    feeds,
+                    kind,
+                    categories,
+                    has_nan(leaf),
+                )
+            )
+        return sources
+
+    def _row_copy(self, name: str, leaf: Tensor, axis: int, plate: Plate) -> tuple[_Claim | None, bool, set[str]]:
+        """Writes rows of an argument over others; returns what that says, whether rows differ, what values moved."""
+        members = self.probes.members(plate)
+        related = members + self.probes.linked(plate)
+        rows = leaf.movedim(axis, 0)
+        indices = self.probes.held.indices.get(plate.name)
+        picked = torch.as_tensor(indices).cpu() if indices is not None else torch.arange(plate.size)
+        full = leaf.shape[axis] == plate.full_size
+        subsampled = plate.size < plate.full_size
+        positions = {int(j): p for p, j in enumerate(picked)} if full else {}
+        reaches: set[str] = set()
+        touched: set[str] = set()
+        everywhere = swaps = True
+        couples = False
+        indexed = full and subsampled
+        differs = bool((_flat(rows) != _flat(rows)[:1]).any())
+        matter = self._rows_that_matter(name, leaf, axis, plate, related) if differs else torch.arange(plate.size)
+        touched |= self._values_moved(members) if differs else set()
+        targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
+        for target, origin in _distinct_pairs(rows, targets):
+            copy = leaf.clone()
+            copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else ~rows[target]
+            moved = self.probes.changed(leaves={name: copy})
+            if moved is None:
+                reaches |= set(members)
+                couples = True
+                continue
+            touched |= self._values_moved(members)
+            for site in related:
+                where = self.probes.rows(moved, site, plate) > 0
+                if not bool(where.any()):
+                    continue
+                reaches.add(site)
+                everywhere = everywhere and bool(where.all())
+                place = positions.get(target, -1) if indexed else target
+                if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
+                    indexed, place = True, positions[target]
+                couples = couples or int(where.sum()) > int(bool(where[place]))
+            if any(bool(m.any()) for n, m in moved.items() if n not in related):
+                couples = couples or bool(reaches)
+            swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
+        # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
+        if not reaches or (everywhere and not swaps and plate.size > 2):
+            return None, differs, touched
+        return _Claim(plate, axis, indexed, frozenset(reaches), couples), differs, touched
+
+    def _picked_claim(self, name: str, leaf: Tensor, plate: Plate) -> _Claim | None:
+        """Tells whether another argument says where in this one the data of a plate's elements stand: ``x[index]``."""
+        related = self.probes.members(plate) + self.probes.linked(plate)
+        for index, places in self.probes.held.call.tensors.items():
+            if places.dtype != torch.long or places.shape != (plate.size,) or index == name or plate.size < 2:
+                continue
+            for axis, length in enumerate(leaf.shape):
+                used = places.unique()
+                if int(used[0]) < 0 or int(used[-1]) >= length or (len(used) == length == plate.size and len(used) < 3):
+                    continue
+                rows, reaches, fits = leaf.movedim(axis, 0), set[str](), True
+                for target, origin in _distinct_pairs(rows, used.tolist()):
+                    if origin is None:
+                        continue
+                    copy = leaf.clone()
+                    copy.movedim(axis, 0)[target] = rows[origin]
+                    moved = self.probes.changed(leaves={name: copy})
+                    own = (places == target).cpu()
+                    for site in related if moved is not None else ():
+                        where = self.probes.rows(moved, site, plate) > 0  # type: ignore[arg-type]
+                        reaches |= {site} if bool(where.any()) else set()
+                        fits = fits and not bool(where[~own].any())
+                    fits = fits and moved is not None
+                if fits and reaches and bool((places != torch.arange(plate.size)).any()):
+                    return _Claim(plate, axis, False, frozenset(reaches), False, index)
+        return None
+
+    def _picked(self, leaf: Tensor, axis: int, through: str) -> Tensor:
+        return leaf.index_select(axis, self.probes.held.call.tensors[through].to(leaf.device))
+
+    def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> Tensor:
+        """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
+        moved = self.probes.changed(leaves={name: leaf.roll(1, axis)})
+        if moved is None:
+            return torch.arange(plate.size)
+        distance = torch.stack([self.probes.rows(moved, site, plate) for site in sites]).sum(0)
+        return distance.nonzero().flatten()
+
+    def _swap_is_local(
+        self, name: str, leaf: Tensor, axis: int, j: int, k: int | None, plate: Plate, sites: list[str]
+    ) -> bool:
+        """Swaps two rows of an argument, which changes no sum over rows; tells whether two rows of the plate moved."""
+        if k is None:
+            return False
+        copy = leaf.clone()
+        copy.movedim(axis, 0)[[j, k]] = leaf.movedim(axis, 0)[[k, j]]
+        moved = self.probes.changed(leaves={name: copy})
+        if moved is None:
+            return False
+        distance = torch.stack([self.probes.rows(moved, site, plate) for site in sites]).sum(0)
+        return 0 < int((distance > 1e-4 * distance.max()).sum()) <= 2
+
+    def _is_argument(self, name: str) -> bool:
+        value = self.probes.factors[name]["value"].flatten()
+        return any(torch.equal(value, leaf.flatten()) for leaf in self.probes.held.call.tensors.values())
+
+    def _feeds_equal_rows(self, leaf: Tensor, name: str) -> bool:
+        value = self.probes.factors[name]["value"]
+        return self.probes.factors[name]["is_observed"] and bool((value.flatten()[:1] == leaf.flatten()[:1]).all())
+
+    def _values_moved(self, members: list[str]) -> set[str]:
+        """Observed sites whose values the last change altered."""
+        moved = set()
+        for name in members:
+            site = self.probes.factors[name]
+            if site["is_observed"]:
+                before, after = site["value"], self.probes.last.nodes[name]["value"]
+                same = before.shape == after.shape and torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))
+                moved |= set() if same else {name}
+        return moved
+
+    def _is_value(self, cells: Tensor, name: str, plates: list[Plate]) -> bool:
+        site = self.probes.factors[name]
+        if not site["is_observed"] or site_is_factor(site) or not set(plates) <= set(self.probes.frames(name)):
+            return False
+        value = site_cells(site["value"], len(site["fn"].event_shape), plates).cpu()
+        if value.numel() != cells.numel():
+            return False
+        return torch.equal(torch.nan_to_num(value.reshape(cells.shape)), torch.nan_to_num(cells))
+
+    def mask(self, name: str, sources: list[Source]) -> str | None:
+        """Finds where an observed site's mask stands: in an argument, in an argument's NaN, or only in the model."""
+        site = self.probes.factors[name]
+        mask = site_mask(site)
+        if mask is None:
+            return None
+        plates = self.probes.frames(name)
+        mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
+        for source in sources:
+            if source.axes is None or source.plates != tuple(plate.name for plate in plates):
+                continue
+            leaf = self.probes.held.call.tensors[source.name]
+            if leaf.dtype != torch.bool and not (source.feeds == name and has_nan(leaf)):
+                continue
+            for axis, through in zip(source.axes, source.through, strict=True):
+                leaf = leaf if through is None else self._picked(leaf, axis, through)
+            cells = self.probes.cells(leaf if leaf.dtype == torch.bool else ~leaf.isnan(), source.axes, tuple(plates))
+            if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
+                return source.name
+        return ""
+
+    def hidden(self, plate: Plate, sources: list[Source]) -> bool | None:
+        """Makes two elements twins in all that is known of them, and sees whether their densities agree."""
+        sources = [source for source in sources if plate.name in source.plates]
+        members = self.probes.members(plate)
+        if plate.size < 2 or not sources or any(plate.name in source.couples for source in sources):
+            return None
+        leaves, latents, observed = {}, {}, {}
+        target, origin = 0, 1
+        indices = self.probes.held.indices.get(plate.name)
+        for source in sources:
+            if source.axes is None:
+                site = self.probes.factors[source.name]
+                axis = plate.dim - len(site["fn"].event_shape)
+                observed[source.name] = _row_over(site["value"], axis, target, origin)
+            else:
+                if source.through[source.plates.index(plate.name)]:
+                    continue  # its index is an argument of its own
+                indexed = plate.name in source.indexed
+                to, fro = (int(indices[target]), int(indices[origin])) if indexed else (target, origin)  # type: ignore[index]
+                axis = source.axes[source.plates.index(plate.name)]
+                leaves[source.name] = _row_over(self.probes.held.call.leaves[source.name], axis, to, fro)
+        for name in members:
+            site = self.probes.factors[name]
+            if not site["is_observed"]:
+                latents[name] = _row_over(site["value"], plate.dim - len(site["fn"].event_shape), target, origin)
+        if self.probes.changed(leaves=leaves, latents=latents, observed=observed) is None:
+            return None
+        for name in members:
+            factor, mask = self.probes.last.nodes[name]["log_prob"], self.probes.last.nodes[name]["mask"]
+            if factor.dim() >= -plate.dim and factor.shape[plate.dim] > 1:
+                counts = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+                pair = factor.movedim(plate.dim, 0)[:2]
+                both = counts.expand(factor.shape).movedim(plate.dim, 0)[:2].all(0).to(pair.device)
+                if not torch.allclose(pair[0][both], pair[1][both], rtol=1e-4, atol=1e-5, equal_nan=True):
+                    return True
+        return False
+
+
+def _row_over(value: Tensor, axis: int, target: int, origin: int) -> Tensor:
+    copy = value.clone()
+    rows = copy.movedim(axis, 0)
+    if len(rows) > 1:
+        rows[target] = rows[origin].clone()
+    return copy
+
+
+def _distinct_pairs(rows: Tensor, targets: list[int], count: int = 3) -> Iterator[tuple[int, int | None]]:
+    """Yields up to ``count`` pairs (target, origin) of rows that differ.
+
+    Where all rows of a mask are equal the origin is None: the target is to be flipped.
+    """
+    flat = _flat(rows)
+    torch.manual_seed(2)
+    found = 0
+    for target in [targets[i] for i in torch.randperm(len(targets))[: 8 * count]]:
+        others = (flat != flat[target]).any(-1).nonzero().flatten()
+        if len(others) or rows.dtype == torch.bool:
+            yield target, int(others[torch.randint(len(others), ())]) if len(others) else None
+            found += 1
+        if found == count:
+            return
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Rows as vectors of numbers that can be compared, NaN too."""
+    return torch.nan_to_num(rows.reshape(len(rows), -1).to(torch.float64), nan=1.2345e-67)
