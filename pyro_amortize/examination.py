@@ -50,7 +50,11 @@ def _structure(probes: Probes) -> Structure:
     sites = {n: replace(s, mask=data.mask(n, sources)) if s.observed else s for n, s in sites.items()}
     masked = {name for name, site in sites.items() if site.mask is not None}
     sources = [replace(s, missing=s.missing or s.reaches <= masked) for s in sources]
+    sources = [replace(s, by_cell=s.missing and data.is_masked_by_cell(s)) for s in sources]
     hidden = {plate.name: data.hidden(plate, sources) for plate in probes.plates.values()}
+    for plate in probes.plates.values():
+        if any(link.to == plate.name for link in probes.links) and not hidden[plate.name]:
+            hidden[plate.name] = data.relabelled(plate, sources)
     params = tuple(name for name, node in probes.base.nodes.items() if node["type"] == "param")
     shapes = {name: tuple(leaf.shape) for name, leaf in probes.held.call.tensors.items()}
     empty = tuple(name for name, leaf in probes.held.call.leaves.items() if leaf is None)

@@ -216,7 +216,8 @@ class AutoAmortized(AutoGuide):
         """Returns q given these data, globals included: any number of rows, seen in training or not.
 
         Runs in eval mode, without gradients, and leaves the model before its decoder. Where a site's support depends
-        on another latent, it is taken at that latent's median.
+        on another latent, it is taken at that latent's median; so is the prior of elements without data, whose draws
+        are joint with those of the latents above them in :meth:`predictive` only.
 
         Raises:
             RuntimeError: The guide has no parameters yet.
@@ -448,6 +449,12 @@ class AutoAmortized(AutoGuide):
             except ValueError as error:
                 sites = ", ".join(f"'{site}'" for site in block.sites)
                 raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{type(self).__name__}: the encoder of {list(block.sites)} does not take its data, of which every "
+                    f"row has {rows.shape[-1]} features (pooled ones included): {error}. Pass a function of their "
+                    f"number: encoder=lambda in_features: ..."
+                ) from None
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
         """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the run of the model behind that."""

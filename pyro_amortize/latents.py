@@ -162,8 +162,35 @@ class LatentProbes:
                                 numbers = spread_out(cells[..., column], rows)  # type: ignore[index]
                                 if bool(((numbers + offset == elements) | ~depends).all()):
                                     names = tuple(row.name for row in rows)
-                                    return Link(names, plate.name, name, axes, column, offset)
+                                    link = Link(names, plate.name, name, axes, column, offset)
+                                    if self._obeys(child, link, rows, plate, elements, depends):
+                                        return link
         return None
+
+    def _obeys(
+        self, child: str, link: Link, rows: tuple[Plate, ...], plate: Plate, elements: Tensor, depends: Tensor
+    ) -> bool:
+        """Points one row that depends on an element to another; tells whether its density moves."""
+        places = depends.expand(elements.shape).nonzero()
+        if plate.size < 2 or not len(places):
+            return True
+        leaf = self.probes.held.call.tensors[link.argument].clone()
+        place = places[len(places) // 2]
+        where = []
+        for row in rows:
+            at = int(place[row.dim])
+            indices = self.probes.held.indices.get(row.name)
+            axis = link.axes[link.rows.index(row.name)]
+            picked = leaf.shape[axis] == row.full_size > row.size and indices is not None
+            where.append(int(indices[at]) if picked else at)  # type: ignore[index]
+        cells = leaf.movedim(link.axes, tuple(range(len(link.axes))))[tuple(where)]
+        other = (int(elements[tuple(place)]) + 1) % plate.size - link.offset
+        if cells.dim() == 0:
+            leaf.movedim(link.axes, tuple(range(len(link.axes))))[tuple(where)] = other
+        else:
+            cells.view(-1)[link.column] = other
+        moved = self.probes.changed(leaves={link.argument: leaf})
+        return moved is not None and bool(moved[child][tuple(place)] > 0)
 
 
 def _half(size: int) -> Tensor:

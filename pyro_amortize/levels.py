@@ -74,6 +74,8 @@ class Ways:
     def step(self, level: Plates, target: Plates) -> tuple[Plates, Link | None]:
         """Returns the next level on the way to a coarser one, and the link that leads there."""
         for plate in sorted(level - target, key=self.order.__getitem__, reverse=True):
+            if target and self.covers(level - {plate}, target):
+                return level - {plate}, None
             for link in self._open(level):
                 if plate in link.rows and self.covers(_along(level, link), target):
                     return _along(level, link), link

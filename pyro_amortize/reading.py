@@ -130,7 +130,8 @@ class Reader:
                 present = self._source_marks(source, plates, axes)
                 levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
         marks = [self._level_marks(level, plates, axes) for level in block.levels]
-        moves = [self._move(level, block, plates, axes, sizes) for level in block.levels[:-1]]
+        ways = list(zip(block.levels, marks, strict=True))[:-1]
+        moves = [self._move(level, here, block, plates, axes, sizes) for level, here in ways]
         return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates], len(axes))
 
     def _cells(self, block: Block, source: Source, plates: dict[str, Present]) -> Tensor | None:
@@ -140,7 +141,7 @@ class Reader:
             dims = [dim - count for dim in source.dims]
             return value.movedim(dims, list(range(-len(dims) - count, -count)))
         if source.name == FUNCTION:
-            return self._function_rows(block)
+            return self._function_rows(block, plates)
         if source.axes is None:
             node = self.looked_up["sites"].get(source.name)
             if node is None or not node["is_observed"]:
@@ -205,7 +206,7 @@ class Reader:
                 return None
             cells, where = marks
             cells = _laid(cells, where.plates, axes, len(where.shape))
-            if where.shape != source.shape or site != source.feeds:
+            if where.shape != source.shape or not (source.by_cell or site == source.feeds):
                 cells = cells.flatten(len(axes)).any(-1) if where.shape else cells
                 cells = cells.reshape(cells.shape + (1,) * len(source.shape))
             for axis, name in enumerate(axes):
@@ -227,9 +228,15 @@ class Reader:
         return found
 
     def _move(
-        self, level: Level, block: Block, plates: dict[str, Present], axes: list[str], sizes: dict[str, int]
+        self,
+        level: Level,
+        marks: Marks,
+        block: Block,
+        plates: dict[str, Present],
+        axes: list[str],
+        sizes: dict[str, int],
     ) -> Move:
-        """Returns the way of a level's rows in this call."""
+        """Returns the way of a level's rows in this call; rows without data belong to no element."""
         assert level.into is not None
         into = block.levels[level.into].plates
         link = level.link
@@ -237,31 +244,54 @@ class Reader:
             over = tuple(axes.index(name) for name in level.plates if name not in into)
             return Move(len(axes), over, None, None, 0, level.pooled, level.into)
         value = self.call.leaves[link.argument]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{self.kind}: argument '{link.argument}' is a {type(value).__name__}, but says to which element of "
+                f"plate '{link.to}' each row belongs. Pass an integer tensor."
+            )
         cell = tuple(size for axis, size in enumerate(value.shape) if axis not in link.axes)
         source = Source(link.argument, link.rows, link.axes, (), cell, frozenset())
         cells = pick_cells(source, value, plates)
         index = cells.reshape(*cells.shape[: len(link.rows)], -1)[..., link.column].long() + link.offset
+        rows = tuple(axes.index(name) for name in link.rows)
+        if isinstance(marks, Tensor):
+            others = [axis for axis in range(len(axes)) if axis not in rows]
+            here = marks.permute(*rows, *others).reshape(*(marks.shape[axis] for axis in rows), -1).any(-1)
+            index = torch.where(here.to(index.device), index, -1)
+        for name, length in zip(link.rows, index.shape, strict=True):
+            if sizes.get(name, length) != length:
+                raise ValueError(
+                    f"{self.kind}: argument '{link.argument}' has {length} rows, but the data of plate '{name}' have "
+                    f"{sizes[name]}. Pass data arguments of equal length."
+                )
         to = plates.get(link.to)
         size = sizes.get(link.to, int(index.max()) + 1 if index.numel() else 0)
         limit = to.full_size if to else size
-        if index.numel() and not bool(((index >= 0) & (index < limit)).all()):
+        known = index if not isinstance(marks, Tensor) else index[index >= 0]
+        if known.numel() and not bool(((known >= 0) & (known < limit)).all()):
             raise ValueError(
                 f"{self.kind}: argument '{link.argument}' points to element "
-                f"{int(index.max() if index.min() >= 0 else index.min())} of plate '{link.to}', which has {limit} "
+                f"{int(known.max() if known.min() >= 0 else known.min())} of plate '{link.to}', which has {limit} "
                 f"elements in this call. Make the plate as large as its index says."
             )
         if to is not None and to.indices is not None and to.size < to.full_size:
             position = index.new_full((to.full_size,), -1)
             position[torch.as_tensor(to.indices)] = torch.arange(to.size)
-            index = position[index]
-        rows = tuple(axes.index(name) for name in link.rows)
+            index = torch.where(index < 0, -1, position[index])
         return Move(len(axes), rows, axes.index(link.to), index, size, level.pooled, level.into)
 
-    def _function_rows(self, block: Block) -> Tensor:
+    def _function_rows(self, block: Block, plates: dict[str, Present]) -> Tensor:
         inputs = self.inputs
         if isinstance(inputs, dict):
             inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates[-1:]) if key in inputs)
-        rows: Tensor = inputs(*self.arguments[0], **self.arguments[1])  # type: ignore[operator]
+        rows = inputs(*self.arguments[0], **self.arguments[1])  # type: ignore[operator]
+        sizes = [plates[name].size for name in block.plates]
+        if not isinstance(rows, Tensor) or list(rows.shape[: len(sizes)]) != sizes:
+            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+            raise ValueError(
+                f"{self.kind}: the function in inputs= returned {got} for '{block.sites[0]}'. Expected a tensor of "
+                f"shape ({', '.join(map(str, sizes))}, ...): a row for each element of '{'/'.join(block.plates)}'."
+            )
         return rows
 
 

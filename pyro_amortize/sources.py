@@ -40,6 +40,7 @@ class SourceProbes:
         """Finds the arguments with data in them and the observed sites whose data no argument carries."""
         found: list[Source] = []
         indistinct: list[str] = []
+        movers: dict[str, set[str]] = {name: set() for name in self.probes.factors}
         explained = {
             name
             for name in self.probes.factors
@@ -58,19 +59,36 @@ class SourceProbes:
                         tried = True
                         claim, differs, touched = self._row_copy(name, leaf, axis, plate)
                         distinct |= differs
-                        explained |= touched
+                        for site in touched:
+                            movers[site].add(name)
                         if claim is not None and (best is None or (best.couples and not claim.couples)):
                             best = claim
                 if best is None or best.couples:
                     best = self._picked_claim(name, leaf, plate) or best
-                    explained |= best.reaches if best and best.through else set()
+                    for site in best.reaches if best and best.through else ():
+                        movers[site].add(name)
                 claims += [best] if best is not None else []
             found += self._from_claims(name, leaf, claims)
             if tried and not claims and not distinct:
                 indistinct.append(name)
                 explained |= {s for s in self.probes.factors if self._feeds_equal_rows(leaf, s)}
+        for name, arguments in movers.items():
+            mine = [s for s in found if s.name in arguments and name in s.reaches]
+            if mine and self._varies_along(name) <= {plate for s in mine for plate in s.plates}:
+                explained.add(name)
+            elif mine and self._stands_alone(name, explained):  # they only carry its values, in another order or part
+                found = [s for s in found if not (s in mine and s.reaches == {name})]
         found += [self._from_site(name) for name in self.probes.factors if self._stands_alone(name, explained)]
         return found, tuple(indistinct)
+
+    def _varies_along(self, name: str) -> set[str]:
+        """Plates along which the values of an observed site differ."""
+        site, found = self.probes.factors[name], set()
+        for plate in self.probes.frames(name) if site["is_observed"] else ():
+            rows = site_cells(site["value"], len(site["fn"].event_shape), [plate])
+            if bool((_flat(rows) != _flat(rows)[:1]).any()):
+                found.add(plate.name)
+        return found
 
     def _is_index(self, leaf: Tensor, plate: Plate) -> bool:
         indices = self.probes.held.indices.get(plate.name)
@@ -282,6 +300,59 @@ class SourceProbes:
             if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
                 return source.name
         return ""
+
+    def is_masked_by_cell(self, source: Source) -> bool:
+        """Changes an argument where the mask of the site that it enters covers it; tells whether nothing moves."""
+        (name,) = source.reaches if len(source.reaches) == 1 else (None,)
+        mask = None if name is None or source.axes is None else site_mask(self.probes.factors[name])
+        if mask is None or source.feeds == name or any(source.through):
+            return False
+        leaf = self.probes.held.call.tensors[source.name]  # type: ignore[index]
+        plates = self.probes.frames(name)  # type: ignore[arg-type]
+        cells = site_cells(mask, len(self.probes.factors[name]["fn"].event_shape), plates).cpu()  # type: ignore[index]
+        if source.plates != tuple(plate.name for plate in plates) or not source.shape or bool(cells.all()):
+            return False
+        moved = leaf.movedim(source.axes, tuple(range(len(plates))))  # type: ignore[arg-type]
+        if moved.shape != cells.shape or not leaf.is_floating_point():
+            return False
+        changed = torch.where(cells.to(leaf.device), moved, moved + 1.0)
+        changed = changed.movedim(tuple(range(len(plates))), source.axes)  # type: ignore[arg-type]
+        after = self.probes.changed(leaves={source.name: changed})
+        return after is not None and not any(bool(distance.any()) for distance in after.values())
+
+    def relabelled(self, plate: Plate, sources: list[Source]) -> bool | None:
+        """Swaps the numbers of two elements that rows point to, and all that is known of them; tells if sums move."""
+        links = [link for link in self.probes.links if link.to == plate.name]
+        if not links or plate.size < 2 or plate.size < plate.full_size:
+            return None
+        swap = torch.arange(plate.size)
+        swap[[0, plate.size - 1]] = swap[[plate.size - 1, 0]]
+        leaves, latents = {}, {}
+        for link in {link.argument: link for link in links}.values():
+            leaf = self.probes.held.call.tensors[link.argument]
+            shape = leaf.movedim(link.axes, tuple(range(len(link.axes)))).shape
+            columns = leaf.movedim(link.axes, tuple(range(len(link.axes)))).clone()
+            columns = columns.reshape(*shape[: len(link.axes)], -1)
+            numbers = (columns[..., link.column].long() + link.offset).clamp(min=0, max=plate.size - 1)
+            columns[..., link.column] = (swap.to(leaf.device)[numbers] - link.offset).to(leaf.dtype)
+            leaves[link.argument] = columns.reshape(shape).movedim(tuple(range(len(link.axes))), link.axes)
+        for source in sources:
+            if plate.name in source.plates and source.axes is not None and not any(source.through):
+                axis = source.axes[source.plates.index(plate.name)]
+                leaf = self.probes.held.call.tensors[source.name]
+                leaves[source.name] = leaf.index_select(axis, swap.to(leaf.device))
+        for name in self.probes.members(plate):
+            site = self.probes.factors[name]
+            if not site["is_observed"]:
+                axis = plate.dim - len(site["fn"].event_shape)
+                latents[name] = site["value"].index_select(axis, swap.to(site["value"].device))
+        if self.probes.changed(leaves=leaves, latents=latents) is None:
+            return None
+        for name, site in self.probes.factors.items():
+            before, after = site["log_prob"], self.probes.last.nodes[name]["log_prob"]
+            if bool((before.sum() - after.sum()).abs() > 1e-4 * (1 + before.abs().sum())):
+                return True
+        return False
 
     def hidden(self, plate: Plate, sources: list[Source]) -> bool | None:
         """Makes two elements twins in all that is known of them, and sees whether their densities agree."""

@@ -89,6 +89,7 @@ class Source:
         couples: Plates along which one cell of it moves the densities of other elements.
         feeds: The observed site whose values it is.
         missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
+        by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Source:
     kind: str = "real"
     categories: int = 0
     missing: bool = False
+    by_cell: bool = False
 
     @property
     def width(self) -> int:

@@ -56,6 +56,10 @@ class Judge:
         if not complete:
             missing = sorted({source.name for source in informing} - shown)
             return Verdict(False, f"inputs leaves out '{missing[0]}', which informs '{sites[0].name}'")
+        if self.by_function(sites[0]):
+            return Verdict(
+                None, f"whether inputs= hands over all data of a row of '{sites[0].name}' is the function's own matter"
+            )
         unclear = self._unclear(sites, levels, plates, shown)
         if unclear:
             return unclear
@@ -117,7 +121,8 @@ class Judge:
                 f"all rows of '{untold[0]}' are equal, so it could not be told whether it informs '{sites[0].name}'; "
                 f"if it does, name it in inputs=",
             )
-        for plate in sorted(plates & {plate for source in facts.sources for plate in source.plates}):
+        tried = {plate for source in facts.sources for plate in source.plates} | {link.to for link in facts.links}
+        for plate in sorted(plates & tried):
             if facts.hidden[plate] is None and facts.plates[plate].size > 1:
                 return Verdict(
                     None, f"it could not be tried whether rows of '{plate}' with equal data have equal densities"
