@@ -333,8 +333,9 @@ class SourceProbes:
             shape = leaf.movedim(link.axes, tuple(range(len(link.axes)))).shape
             columns = leaf.movedim(link.axes, tuple(range(len(link.axes)))).clone()
             columns = columns.reshape(*shape[: len(link.axes)], -1)
-            numbers = (columns[..., link.column].long() + link.offset).clamp(min=0, max=plate.size - 1)
-            columns[..., link.column] = (swap.to(leaf.device)[numbers] - link.offset).to(leaf.dtype)
+            numbers = columns[..., link.column].long() + link.offset
+            swapped = torch.where(numbers < 0, numbers, swap.to(leaf.device)[numbers.clamp(min=0)])
+            columns[..., link.column] = (swapped - link.offset).to(leaf.dtype)
             leaves[link.argument] = columns.reshape(shape).movedim(tuple(range(len(link.axes))), link.axes)
         for source in sources:
             if plate.name in source.plates and source.axes is not None and not any(source.through):

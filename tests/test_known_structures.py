@@ -446,3 +446,125 @@ def test_a_list_trains_both_of_its_guides(order):
     SVI(nested, whole, ClippedAdam({"lr": 0.01}), Trace_ELBO()).step(y)
     assert all(bool((old != new).any()) for old, new in zip(before, whole.parameters(), strict=True))
     assert set(whole.median(y)) == {"theta", "z", "w"}
+
+
+# Data in other orders, indices with padding, arguments that only look alike.
+
+
+def inner(values):
+    def model(y):
+        rows = values(y)
+        with pyro.plate("groups", len(rows), dim=-2):
+            z = pyro.sample("z", normal())
+            with pyro.plate("members", rows.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=rows)
+
+    return model
+
+
+KEPT = torch.tensor([5, 0, 3, 1])
+PARTS = {
+    "cut": lambda y: y[1:],
+    "picked in a closure": lambda y: y[KEPT],
+    "joined": lambda y: torch.cat([y, y[:2] + 1.0]),
+    "turned round": lambda y: y.flip(0),
+    "masked": lambda y: y[torch.arange(len(y)) != 2],
+}
+
+
+@pytest.mark.parametrize("values", PARTS.values(), ids=PARTS.keys())
+def test_rows_that_are_a_function_of_an_argument_are_seen_one_by_one(values):
+    model, y = inner(values), torch.arange(6.0)[:, None] + torch.randn(6, 3) / 10
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, y, num_steps=400, lr=0.02, seed=0, progress=False)
+    expected = values(y).sum(1) / 4
+    torch.testing.assert_close(guide.posterior(y).mean["z"][:, 0], expected, atol=0.35, rtol=0)
+
+
+def test_a_mask_by_cell_hides_the_covariates_of_the_cell():
+    def model(y, x, mask):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", normal())
+            pyro.sample("y", dist.Normal(z[:, None] * x, 1.0).mask(mask).to_event(1), obs=y)
+
+    y, x, mask = torch.randn(8, 4), torch.randn(8, 4), torch.rand(8, 4) > 0.4
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, y, x, mask, num_steps=50, seed=0, progress=False)
+    hidden = torch.where(mask, y, 9.0), torch.where(mask, x, -33.0)
+    assert torch.equal(guide.posterior(y, x, mask).mean["z"], guide.posterior(*hidden, mask).mean["z"])
+
+
+def words(y, word):
+    here = word >= 0
+    with pyro.plate("words", 7):
+        a = pyro.sample("a", normal())
+    with pyro.plate("documents", len(y), dim=-2), pyro.plate("places", y.shape[1], dim=-1), poutine.mask(mask=here):
+        pyro.sample("y", dist.Normal(a[..., word.clamp(min=0)], 1.0), obs=y)
+
+
+def test_padded_places_point_to_no_word():
+    y, word = torch.randn(6, 3), torch.randint(-1, 7, (6, 3))
+    guide = AutoAmortizedNormal(words)
+    fit_svi(words, guide, y, word, num_steps=1500, seed=0, progress=False)
+    assert guide.plan.verdict.closable is True
+    found = guide.posterior(torch.where(word >= 0, y, 9.0), word).mean["a"]
+    counts = torch.stack([(word == k).sum() for k in range(7)])
+    sums = torch.stack([y[word == k].sum() for k in range(7)])
+    torch.testing.assert_close(found, sums / (1 + counts), atol=0.15, rtol=0)
+
+
+def test_an_argument_that_only_equals_the_index_is_none():
+    def model(y, other, group, mask):
+        with pyro.plate("groups", 4):
+            b = pyro.sample("b", normal())
+        with pyro.plate("n", len(y)), poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(b[group], 1.0), obs=y)
+
+    group, mask = torch.arange(12) % 4, torch.arange(12) != 3
+    other = torch.where(mask, group, 1)
+    levels = plan_amortization(model, torch.randn(12), other, group, mask).block_of("b").levels
+    assert [level.link.argument for level in levels if level.link] == ["group"]
+
+
+def test_data_of_another_plate_beside_indexed_rows():
+    def model(y, group, t):
+        with pyro.plate("groups", 5, dim=-2):
+            b = pyro.sample("b", normal())
+        with pyro.plate("rows", len(y), dim=-2), pyro.plate("places", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(b[group] + t, 1.0), obs=y)
+
+    y, group, t = torch.randn(10, 4), torch.arange(10) % 5, 3 * torch.randn(4)
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, y + t, group, t, num_steps=1500, seed=0, progress=False)
+    expected = torch.stack([y[group == k].sum() for k in range(5)]) / 9
+    torch.testing.assert_close(guide.posterior(y + t, group, t).mean["b"][:, 0], expected, atol=0.15, rtol=0)
+
+
+def test_what_a_model_knows_of_an_indexed_group_is_noticed():
+    secret = 3 * torch.randn(4)
+
+    def model(y, group):
+        with pyro.plate("groups", 4):
+            b = pyro.sample("b", dist.Normal(secret, 1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(b[group], 1.0), obs=y)
+
+    verdict = plan_amortization(model, torch.randn(12), torch.arange(12) % 4).verdict
+    assert verdict.closable is False
+    assert "rows of 'groups' with equal data have different densities" in verdict.reason
+
+
+def test_bad_rows_are_refused_with_their_name():
+    y, group = torch.randn(12), torch.arange(12) % GROUPS
+    guide = AutoAmortizedNormal(indexed)
+    guide.initialize(y, group)
+    with pytest.raises(ValueError, match="'group' has 5 rows, but the data of plate 'data' have 12"):
+        guide.posterior(y, group[:5])
+    with pytest.raises(ValueError, match="'group' is a NoneType.*Pass an integer tensor"):
+        guide.posterior(y, None)
+    with pytest.raises(ValueError, match="points to element 99 of plate 'groups', which has 20"):
+        guide.posterior(y, group + 88 * (torch.arange(12) == 11))
+    with pytest.raises(ValueError, match=r"returned shape \(5,\) for 'z'.*shape \(20, ...\)"):
+        AutoAmortizedNormal(regression, inputs=lambda y: y[0]).initialize(data())
+    with pytest.raises(ValueError, match=r"encoder of \['b'\] does not take.*66 features"):
+        AutoAmortizedNormal(indexed, encoder=torch.nn.Linear(4, 3)).initialize(y, group)

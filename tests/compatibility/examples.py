@@ -40,6 +40,7 @@ class Task:
         batch: The positional arguments of a step, from its number; all data without.
         after: Called after each step with the example's own guide.
         network: The module to put into eval mode for the evaluation.
+        options: Of our guide, where the example gives its own such.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Task:
     batch: Callable[[int], tuple[Any, ...]] | None = None
     after: Callable[[], None] | None = None
     network: nn.Module | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -378,7 +380,8 @@ def workflow(path: Path) -> Task:
     rate = torch.poisson(torch.full((10, 5, 8), 20.0), generator=generator())
     data = {"features": features, "counts": rate, "time_step_days": 14}
     guide = AutoNormal(model, init_scale=0.01)
-    return Task(model, guide, (data,), optim=lambda: ClippedAdam({"lr": 0.01, "lrd": 0.1**0.001}))
+    optim = lambda: ClippedAdam({"lr": 0.01, "lrd": 0.1**0.001})  # noqa: E731
+    return Task(model, guide, (data,), optim=optim, options={"init_scale": 0.01})
 
 
 @example(

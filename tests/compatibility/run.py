@@ -84,7 +84,7 @@ def train(example: Example, root: Path, which: str, seed: int, steps: int | None
     with warnings.catch_warnings(), pyro.settings.context(module_local_params=example.local):
         warnings.simplefilter("ignore")
         task = example.make(root / example.source)
-        guide = task.own if which == OWN else AutoAmortizedNormal(task.guided or task.model)
+        guide = task.own if which == OWN else AutoAmortizedNormal(task.guided or task.model, **task.options)
         if which == OURS:
             guide.initialize(*task.args, **task.kwargs)
         number = min(task.steps, steps or task.steps)
@@ -167,7 +167,8 @@ def summary(result: dict[str, Any]) -> str:
 HEADER = f"""# Pyro's examples with our guide
 
 `python tests/compatibility/run.py` takes the models of Pyro's own examples and tutorials, read from a checkout ({{}})
-and not changed, puts `AutoAmortizedNormal(model)` with its defaults where their guide stands, and trains both with the
+and not changed, puts `AutoAmortizedNormal(model)` with its defaults (but for `init_scale`, where the
+example sets one) where their guide stands, and trains both with the
 same optimizer, learning rate and number of steps: those of the example or, where these take minutes, fewer steps or a
 larger rate. ELBOs are in nats on all data, larger is better: mean ± standard error over seeds
 {", ".join(map(str, SEEDS))}, each from many draws after training; the model's own parameters are trained with the
