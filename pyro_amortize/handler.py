@@ -145,6 +145,7 @@ class GuidedRun(Messenger):
         if msg["is_observed"]:
             msg["stop"] = True
             return
+        self._leave_markov_scope(msg)
         block = self.plan.block_of(name)
         if block is None:
             if name in self.plan.left_to_model:
@@ -167,6 +168,13 @@ class GuidedRun(Messenger):
             self.found[name] = q
             self.plates[name] = block.plates
             msg["value"] = Posterior({name: q}, {}).median[name]
+
+    def _leave_markov_scope(self, msg: Any) -> None:
+        """Takes names that are hidden from outside out of what ``pyro.markov`` tells outer handlers of."""
+        scope = msg["infer"].get("_markov_scope")
+        if scope:
+            seen = {name for name in scope if self.plan.block_of(name) or name in self.plan.left_to_model}
+            msg["infer"]["_markov_scope"] = type(scope)({name: scope[name] for name in seen})
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]

@@ -186,7 +186,7 @@ class _Planner:
     def _levels(self, name: str, sites: list[Site]) -> tuple[tuple[Level, ...], bool]:
         """Returns the data of a block and their ways, and whether they are all that inform it."""
         target, together = sites[0].plates, self._together(sites)
-        related = related_to(together)
+        related = related_to(together, self.facts)
         rows = [site for n in related if (site := self.facts.sites[n]).observed]
         found = [source for source in self.sources if source.reaches & related]
         contexts = {frozenset(site.plates) for site in together.values()} - {frozenset(target)}
@@ -208,7 +208,7 @@ class _Planner:
 
     def _presence(self, sites: list[Site]) -> tuple[Level, ...]:
         """Returns what tells which elements of a table have data, where some may have none."""
-        related = related_to(self._together(sites))
+        related = related_to(self._together(sites), self.facts)
         rows = [site for n in related if (site := self.facts.sites[n]).observed]
         levels = self.ways.levels(sites[0].plates, [], rows, [])
         can_lack = any(level.link for level in levels) or any(name in self.masks for x in levels for name in x.sites)

@@ -45,7 +45,7 @@ class Judge:
             levels: The data that its encoder sees.
             complete: Whether these are all data that were found to inform it.
         """
-        related = related_to(together)
+        related = related_to(together, self.facts)
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
         plates |= {plate for level in levels for plate in level.plates}
@@ -177,6 +177,13 @@ def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
     return Verdict(True, "nothing is amortized: every block is a table")
 
 
-def related_to(latents: dict[str, Site]) -> set[str]:
-    """The latents and the sites whose densities depend on them."""
-    return set(latents).union(*(site.children for site in latents.values()))
+def related_to(latents: dict[str, Site], facts: Structure) -> set[str]:
+    """The latents and the sites whose densities depend on them, also through discrete latents of another guide."""
+    found, front = set(latents), set().union(*(site.children for site in latents.values()))
+    while front:
+        name = front.pop()
+        site = facts.sites[name]
+        if name not in found and site.foreign and site.fixed:
+            front |= site.children - found
+        found.add(name)
+    return found

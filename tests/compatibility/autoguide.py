@@ -31,6 +31,8 @@ REPOSITORY = "https://github.com/pyro-ppl/pyro"
 VERSION = "1.9.2"
 TEST = "tests/infer/test_autoguide.py"
 NEEDED = ("setup.cfg", "tests/__init__.py", "tests/common.py", "tests/conftest.py", "tests/infer/__init__.py", TEST)
+# test_exact_batch ends with Adam at a rate of 0.005, where the outputs of a network move by about its tolerance of 0.05
+# a step: it passes at some seeds, and fails at others.
 LEFT_OUT = {
     "test_scores": "asserts that every guide but the class named AutoNormal has an auxiliary site",
     "test_autonormal_dynamic_model": "is about AutoNormal's attribute locs, shared through the param store",

@@ -643,11 +643,10 @@ REMARKS = {
     "`fit_svi`, all three end at -40.",
     "coin, in a loop": "2000 steps at a learning rate of 0.0005 move a raw scale by 1 at most; ours starts at a scale "
     "of 0.1 in logit space, as AutoNormal does, and the example's guide starts next to the answer.",
-    "MLE and MAP, masked_model": "Ours masks q wherever the model masks the prior, so the entropy of q is missing from "
-    "what is called ELBO here, and q shrinks to a point.",
     "tensor shapes, model1": "There are no data, so both ELBOs are next to zero; this is noise of the last steps.",
-    "VAE": "The default `MLP((64, 64))` is narrower than the example's encoder; `MLP((400, 400))` ends better than it.",
-    "VAE tutorial": "As for VAE.",
+    "flow guide": "Five points with a noise of 0.1 leave posteriors of width 0.045. At a constant learning rate of 0.01 "
+    "the outputs of a network jitter by several such widths from step to step, those of a table by less than one. "
+    "With the decaying rate of `fit_svi`, 2000 steps end at 113 with the encoder and at 145 with a table.",
     "sparse gamma DEF, against easy": "The example's learning rate of 0.2 is one for tables; a network of 4096 inputs "
     "leaves the numbers' range in a few steps. At 0.002 it trains.",
     "sparse gamma DEF, against auto": "As above.",
