@@ -644,7 +644,7 @@ REMARKS = {
     "coin, in a loop": "2000 steps at a learning rate of 0.0005 move a raw scale by 1 at most; ours starts at a scale "
     "of 0.1 in logit space, as AutoNormal does, and the example's guide starts next to the answer.",
     "tensor shapes, model1": "There are no data, so both ELBOs are next to zero; this is noise of the last steps.",
-    "flow guide": "Five points with a noise of 0.1 leave posteriors of width 0.045. At a constant learning rate of 0.01 "
+    "flow guide": "Five points with a noise of 0.1 leave posteriors of width 0.045. At a constant rate of 0.01 "
     "the outputs of a network jitter by several such widths from step to step, those of a table by less than one. "
     "With the decaying rate of `fit_svi`, 2000 steps end at 113 with the encoder and at 145 with a table.",
     "sparse gamma DEF, against easy": "The example's learning rate of 0.2 is one for tables; a network of 4096 inputs "
