@@ -72,7 +72,11 @@ class Ways:
         return [x for x in self.links if x not in taken and x.to not in level and set(x.rows) <= level]
 
     def step(self, level: Plates, target: Plates) -> tuple[Plates, Link | None]:
-        """Returns the next level on the way to a coarser one, and the link that leads there."""
+        """Returns the next level on the way to a coarser one, and the link that leads there.
+
+        A link is taken only where no plate can be dropped; but towards a whole data set, which all levels cover, rows
+        go by their groups first.
+        """
         for plate in sorted(level - target, key=self.order.__getitem__, reverse=True):
             if target and self.covers(level - {plate}, target):
                 return level - {plate}, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pyro_amortize.levels import Level
@@ -63,7 +64,7 @@ class Block:
     rows: int
     exact_prior: bool = True
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, ...]:
         """The data of all levels, each once."""
         return tuple(dict.fromkeys(source for level in self.levels for source in level.sources))

@@ -127,7 +127,8 @@ class Probes:
         rows = tuple(self.plates[name] for name in link.rows)
         cells = self.cells(self.held.call.tensors[link.argument], link.axes, rows)
         assert cells is not None
-        return (spread_out(cells[..., link.column].long(), rows) + link.offset).clamp(min=0)
+        numbers = spread_out(cells[..., link.column].long(), rows) + link.offset
+        return numbers.clamp(0, self.plates[link.to].size - 1)  # what pads the index belongs to rows under a mask
 
     def cells(self, leaf: Tensor, axes: tuple[int, ...], plates: tuple[Plate, ...]) -> Tensor | None:
         """An argument's cells for the present elements of plates, shape (*sizes, rest); None if lengths do not fit."""

@@ -126,9 +126,8 @@ class SourceProbes:
             if len({claim.axis for claim in mine}) < len(mine):
                 continue
             plates, axes = [claim.plate for claim in mine], tuple(claim.axis for claim in mine)
-            for claim in mine:
-                leaf = leaf if claim.through is None else self._picked(leaf, claim.axis, claim.through)
-            cells = self.probes.cells(leaf, axes, tuple(plates))
+            through = tuple(claim.through for claim in mine)
+            cells = self.probes.cells(self._picked(leaf, axes, through), axes, tuple(plates))
             feeds = next(
                 (s for s in self.probes.factors if cells is not None and self._is_value(cells, s, plates)), None
             )
@@ -143,7 +142,7 @@ class SourceProbes:
                     tuple(plate.dim for plate in plates),
                     tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes),
                     frozenset().union(*(claim.reaches for claim in mine)),
-                    tuple(claim.through for claim in mine),
+                    through,
                     frozenset(claim.plate.name for claim in mine if claim.indexed),
                     frozenset(claim.plate.name for claim in mine if claim.couples),
                     feeds,
@@ -227,8 +226,11 @@ class SourceProbes:
                     return _Claim(plate, axis, False, frozenset(reaches), False, index)
         return None
 
-    def _picked(self, leaf: Tensor, axis: int, through: str) -> Tensor:
-        return leaf.index_select(axis, self.probes.held.call.tensors[through].to(leaf.device))
+    def _picked(self, leaf: Tensor, axes: tuple[int, ...], through: tuple[str | None, ...]) -> Tensor:
+        """Puts an argument's cells in the order in which other arguments name their places."""
+        for axis, index in zip(axes, through, strict=True):
+            leaf = leaf if index is None else leaf.index_select(axis, self.probes.held.call.tensors[index])
+        return leaf
 
     def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> Tensor:
         """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
@@ -294,8 +296,7 @@ class SourceProbes:
             leaf = self.probes.held.call.tensors[source.name]
             if leaf.dtype != torch.bool and not (source.feeds == name and has_nan(leaf)):
                 continue
-            for axis, through in zip(source.axes, source.through, strict=True):
-                leaf = leaf if through is None else self._picked(leaf, axis, through)
+            leaf = self._picked(leaf, source.axes, source.through)
             cells = self.probes.cells(leaf if leaf.dtype == torch.bool else ~leaf.isnan(), source.axes, tuple(plates))
             if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
                 return source.name
@@ -313,9 +314,9 @@ class SourceProbes:
         if source.plates != tuple(plate.name for plate in plates) or not source.shape or bool(cells.all()):
             return False
         moved = leaf.movedim(source.axes, tuple(range(len(plates))))  # type: ignore[arg-type]
-        if moved.shape != cells.shape or not leaf.is_floating_point():
+        if moved.shape != cells.shape or leaf.dtype == torch.bool:
             return False
-        changed = torch.where(cells.to(leaf.device), moved, moved + 1.0)
+        changed = torch.where(cells.to(leaf.device), moved, moved + 1)
         changed = changed.movedim(tuple(range(len(plates))), source.axes)  # type: ignore[arg-type]
         after = self.probes.changed(leaves={source.name: changed})
         return after is not None and not any(bool(distance.any()) for distance in after.values())
@@ -327,16 +328,18 @@ class SourceProbes:
             return None
         swap = torch.arange(plate.size)
         swap[[0, plate.size - 1]] = swap[[plate.size - 1, 0]]
-        leaves, latents = {}, {}
-        for link in {link.argument: link for link in links}.values():
-            leaf = self.probes.held.call.tensors[link.argument]
-            shape = leaf.movedim(link.axes, tuple(range(len(link.axes)))).shape
-            columns = leaf.movedim(link.axes, tuple(range(len(link.axes)))).clone()
-            columns = columns.reshape(*shape[: len(link.axes)], -1)
+        leaves: dict[str, Tensor] = {}
+        latents = {}
+        for link in dict.fromkeys(links):
+            leaf = leaves.get(link.argument, self.probes.held.call.tensors[link.argument])
+            first = tuple(range(len(link.axes)))
+            rows = leaf.movedim(link.axes, first).clone()
+            columns = rows.reshape(*rows.shape[: len(link.axes)], -1)
             numbers = columns[..., link.column].long() + link.offset
-            swapped = torch.where(numbers < 0, numbers, swap.to(leaf.device)[numbers.clamp(min=0)])
-            columns[..., link.column] = (swapped - link.offset).to(leaf.dtype)
-            leaves[link.argument] = columns.reshape(shape).movedim(tuple(range(len(link.axes))), link.axes)
+            element = (numbers >= 0) & (numbers < plate.size)  # padding is none
+            swapped = swap.to(leaf.device)[numbers.clamp(0, plate.size - 1)]
+            columns[..., link.column] = (torch.where(element, swapped, numbers) - link.offset).to(leaf.dtype)
+            leaves[link.argument] = columns.reshape(rows.shape).movedim(first, link.axes)
         for source in sources:
             if plate.name in source.plates and source.axes is not None and not any(source.through):
                 axis = source.axes[source.plates.index(plate.name)]

@@ -118,7 +118,7 @@ class TestOptima:
         exact = Gaussian(parents, list(inner), 1.5)
         guide = AutoAmortizedNormal(nested)
         fit = fit_svi(nested, guide, y, num_steps=1500, seed=0, progress=False)
-        assert fit.elbo == pytest.approx(exact.mean_field_elbo(y.flatten()), abs=3 * fit.elbo_se + 1.0)
+        assert fit.elbo == pytest.approx(exact.mean_field_elbo(y.flatten()), abs=3 * fit.elbo_se + 0.5)
         blind = AutoAmortizedNormal(nested, inputs={"w": lambda y: y[..., None]})
         alone = fit_svi(nested, blind, y, num_steps=1500, seed=0, progress=False)
         assert alone.elbo < fit.elbo - 5

@@ -315,7 +315,7 @@ def test_permuting_the_rows_of_an_inner_plate_changes_nothing_outside_it(name):
     size = args[0].shape[1]
     order = torch.randperm(size)
     if name == "ragged":
-        order[-1:], args = order[-1:], (args[0], torch.full_like(args[1], size))
+        args = (args[0], torch.full_like(args[1], size))
 
     def permuted(value):
         inner = 1 if value.dim() > 1 else 0
