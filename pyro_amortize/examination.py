@@ -16,7 +16,7 @@ from pyro_amortize.latents import LatentProbes
 from pyro_amortize.parameters import preserved
 from pyro_amortize.probes import Probes
 from pyro_amortize.sources import SourceProbes
-from pyro_amortize.structure import Structure
+from pyro_amortize.structure import Link, Structure
 
 
 def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
@@ -46,6 +46,7 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
 def _structure(probes: Probes) -> Structure:
     latents, data = LatentProbes(probes), SourceProbes(probes)
     sites = {name: latents.site(name) for name in probes.factors}
+    probes.links = _unambiguous(probes.links)
     sources, indistinct = data.sources()
     sites = {n: replace(s, mask=data.mask(n, sources)) if s.observed else s for n, s in sites.items()}
     masked = {name for name, site in sites.items() if site.mask is not None}
@@ -58,5 +59,12 @@ def _structure(probes: Probes) -> Structure:
     params = tuple(name for name, node in probes.base.nodes.items() if node["type"] == "param")
     shapes = {name: tuple(leaf.shape) for name, leaf in probes.held.call.tensors.items()}
     empty = tuple(name for name, leaf in probes.held.call.leaves.items() if leaf is None)
-    links = tuple(dict.fromkeys(probes.links))
+    links = tuple(probes.links)
     return Structure(sites, probes.plates, tuple(sources), links, hidden, indistinct, params, shapes, empty)
+
+
+def _unambiguous(links: list[Link]) -> list[Link]:
+    """Leaves out links by which rows belong to two elements of one plate: by which to pool them is open."""
+    distinct = list(dict.fromkeys(links))
+    ways = [(link.rows, link.to) for link in distinct]
+    return [link for link, way in zip(distinct, ways, strict=True) if ways.count(way) == 1]

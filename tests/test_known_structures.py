@@ -540,6 +540,20 @@ def test_data_of_another_plate_beside_indexed_rows():
     torch.testing.assert_close(guide.posterior(y + t, group, t).mean["b"][:, 0], expected, atol=0.15, rtol=0)
 
 
+def test_rows_that_belong_to_two_elements_are_not_pooled_by_one_of_them():
+    def model(first, second, index):
+        with pyro.plate("groups", 4):
+            b = pyro.sample("b", normal())
+        with pyro.plate("n", len(index)):
+            pyro.sample("first", dist.Normal(b[index[:, 0]], 1.0), obs=first)
+            pyro.sample("second", dist.Normal(b[index[:, 1]], 1.0), obs=second)
+
+    index = torch.stack([torch.arange(12) % 4, torch.arange(12) // 3], 1)
+    block = plan_amortization(model, torch.randn(12), torch.randn(12), index).block_of("b")
+    assert not block.amortized
+    assert block.rows == 4
+
+
 def test_what_a_model_knows_of_an_indexed_group_is_noticed():
     secret = 3 * torch.randn(4)
 
