@@ -2,7 +2,7 @@
 
 from pyro_amortize.compare import Comparison, compare_inference
 from pyro_amortize.decorator import amortize
-from pyro_amortize.encoders import MLP, Constant, DeepSets, Table
+from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Table, Window
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
@@ -25,9 +25,11 @@ __all__ = [
     "GapReport",
     "MCMCFit",
     "Posterior",
+    "Recurrent",
     "SVIFit",
     "Table",
     "Verdict",
+    "Window",
     "amortization_gap",
     "amortize",
     "compare_inference",

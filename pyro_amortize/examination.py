@@ -40,7 +40,9 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
             )
     model, hides = opened(model)
     with preserved(model, evaluating=True):
-        return _structure(Probes(HeldRun(model, call), hides))
+        facts = _structure(Probes(HeldRun(model, call), hides))
+        loose = frozenset(name for name in facts.plates if _is_loose(name, facts))
+        return _structure(Probes(HeldRun(model, call), hides, loose)) if loose else facts
 
 
 def _structure(probes: Probes) -> Structure:
@@ -56,11 +58,20 @@ def _structure(probes: Probes) -> Structure:
     for plate in probes.plates.values():
         if any(link.to == plate.name for link in probes.links) and not hidden[plate.name]:
             hidden[plate.name] = data.relabelled(plate, sources)
-    params = tuple(name for name, node in probes.base.nodes.items() if node["type"] == "param")
+    params = tuple(name for name, node in probes.base.items() if node["type"] == "param")
     shapes = {name: tuple(leaf.shape) for name, leaf in probes.held.call.tensors.items()}
     empty = tuple(name for name, leaf in probes.held.call.leaves.items() if leaf is None)
     links = tuple(probes.links)
-    return Structure(sites, probes.plates, tuple(sources), links, hidden, indistinct, params, shapes, empty)
+    families = probes.families
+    return Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
+
+
+def _is_loose(loop: str, facts: Structure) -> bool:
+    """Whether a loop only looks like one: sites with numbers in their names, but nothing that runs through them."""
+    inside = [site for site in facts.sites.values() if loop in site.plates]
+    sources = [source for source in facts.sources if loop in source.plates]
+    runs = any(site.markov or loop in site.couples for site in inside)
+    return facts.plates[loop].series and not runs and all(source.axes is None for source in sources)
 
 
 def _unambiguous(links: list[Link]) -> list[Link]:

@@ -155,8 +155,12 @@ def amortization_gap(
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
     warnings: list[str] = []
     link = next((level.link for block in amortized for level in block.levels if level.link), None)
-    per = plate if plan.verdict.factorizes and link is None else None
-    if link is not None:
+    per = plate if plan.verdict.factorizes and link is None and plate not in plan.loops else None
+    if plate in plan.loops:
+        warnings.append(
+            f"no numbers per datum: data are turns of loop '{plate}'; a vectorized plate would tell them apart"
+        )
+    elif link is not None:
         warnings.append(f"no numbers per datum: which rows belong to an element of '{link.to}' is said by an index")
     elif per is None:
         warnings.append(f"no numbers per datum: {plan.verdict.reason}")

@@ -34,17 +34,22 @@ from pyro_amortize.encoders import (
     DeepSets,
     Encoder,
     Heads,
+    Recurrent,
     Rows,
     Table,
     decode_option,
     encode_option,
+    encoder_for,
     gathered,
+    is_of,
     on_rows,
+    width_of,
 )
 from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
 from pyro_amortize.handler import GuidedRun, Replicate, part_key
 from pyro_amortize.inputs import Preparation, Prepare
+from pyro_amortize.loops import merged
 from pyro_amortize.parameters import load_model_state, model_state, preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
@@ -72,7 +77,9 @@ class AutoAmortized(AutoGuide):
             ``Constant()`` for one row for all; or a dict from site or plate name to these. Of nested plates the
             innermost names the latents inside both. An encoder given to a global site by name amortizes it over
             data sets. Data of plates around other sites are pooled first, see
-            :class:`~pyro_amortize.encoders.DeepSets`.
+            :class:`~pyro_amortize.encoders.DeepSets`. Elements that stand in order may see the data of others:
+            ``Window(radius)`` and ``Recurrent()``. The sites of a loop, ``z_0``, ``z_1``, ..., share an encoder, under
+            the name ``z_*``; None is ``Recurrent()`` where each depends on the one before.
         inputs: What the encoder sees, where the plan should not decide: a name or list of names of arguments and
             observed sites, a function of the model's arguments that returns shape (rows, ...), or a dict from site
             or plate name to these.
@@ -180,7 +187,7 @@ class AutoAmortized(AutoGuide):
         facts = examine(self.model, args, kwargs)
         levels = {"/".join(site.plates) for site in facts.latents if site.plates}
         tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels)
-        plan = build_plan(facts, tables, apart, self.options["inputs"])
+        plan = build_plan(facts, tables, apart, self.options["inputs"], self.options["encoder"])
         self._refuse_misplaced(plan)
         run = GuidedRun(self, args, kwargs, {}, plan=plan)
         examples = run.examples()
@@ -381,7 +388,7 @@ class AutoAmortized(AutoGuide):
     def _refuse_misplaced(self, plan: AmortizationPlan) -> None:
         encoder = self.options["encoder"]
         for key, value in encoder.items() if isinstance(encoder, dict) else ():
-            block = plan.block_of(key) or next((b for b in plan.blocks if _is_of(key, b) and b.amortized), None)
+            block = plan.block_of(key) or next((b for b in plan.blocks if is_of(key, b.plates) and b.amortized), None)
             if not isinstance(value, Table) and (block is None or not block.amortized):
                 raise ValueError(
                     f"{type(self).__name__}: encoder={{'{key}': ...}}, but no rows of data inform '{key}'. "
@@ -389,14 +396,10 @@ class AutoAmortized(AutoGuide):
                 )
 
     def _encoder_of(self, block: Block) -> Encoder:
-        encoder = self.options["encoder"]
-        if isinstance(encoder, dict):
-            found = [key for key in (block.name, *block.sites) if key in encoder]
-            found += [key for key in encoder if _is_of(key, block)]
-            encoder = encoder[found[0]] if found else None
+        encoder = encoder_for(self.options["encoder"], block.name, block.sites, block.plates)
         if encoder is None:
-            return MLP((min(max(64, block.features // 2), 400),) * 2)
-        return encoder  # type: ignore[return-value]
+            return Recurrent() if block.reach else MLP((min(max(64, block.features // 2), 400),) * 2)
+        return encoder  # type: ignore[no-any-return]
 
     def coder_of(self, block: Block) -> Any:
         """Returns the module that makes a block's parameters; not by attribute, which PyroModule would announce."""
@@ -424,28 +427,39 @@ class AutoAmortized(AutoGuide):
                 coders[part_key(block.name)] = Rows(1, sizes).to(device, self.dtype)
             else:
                 phis, in_features = _phis(block, encoder)
+                phis.to(device, self.dtype)
+                reader = None
+                if block.reach is not None:
+                    reader = encoder.reader(in_features).to(device, self.dtype)  # type: ignore[union-attr, operator]
+                    in_features = width_of(reader, in_features)
                 trunk = encoder if isinstance(encoder, nn.Module) else _made(encoder, block, in_features)
                 if trunk is not encoder:
                     trunk = trunk.to(device, self.dtype)
-                phis.to(device, self.dtype)
                 width = widths[block.name]
                 if isinstance(width, Reading):
-                    width = self._trunk_width(block, trunk, phis, preparations[part_key(block.name)], width)
-                coder = Heads(phis, trunk, width, sizes)
+                    coder = Heads(phis, reader, trunk, 0, ())
+                    width = self._trunk_width(block, coder, preparations[part_key(block.name)], width)
+                coder = Heads(phis, reader, trunk, width, sizes)
                 coder.heads.to(device, self.dtype)
                 coders[part_key(block.name)] = coder
         self.coders, self.preparations = coders, preparations
         self.plan = plan
         self._exits = {}
 
-    def _trunk_width(
-        self, block: Block, trunk: nn.Module, phis: nn.ModuleDict, preparation: nn.Module, reading: Reading
-    ) -> int:
+    def features_of(self, block: Block, coder: Heads, features: list[Tensor | None], reading: Reading) -> Tensor:
+        """Brings prepared data of all levels of a block to its elements: shape (..., elements, features)."""
+        rows = gathered(coder.phis, features, reading.present, reading.moves)
+        if block.reach is not None:
+            axis = block.plates.index(block.reach.plate) - reading.count - 1
+            rows = coder.reader(reading.laid(rows), axis, reading.present[-1])  # type: ignore[misc]
+        return reading.elements(rows)
+
+    def _trunk_width(self, block: Block, coder: Heads, preparation: nn.Module, reading: Reading) -> int:
         """Runs a trunk on example data; returns how many features it makes."""
-        with preserved(trunk, evaluating=True), torch.no_grad():
-            rows = gathered(phis, preparation(reading.cells, self.dtype), reading.present, reading.moves)
+        with preserved(coder, evaluating=True), torch.no_grad():
+            rows = self.features_of(block, coder, preparation(reading.cells, self.dtype), reading)
             try:
-                return on_rows(trunk, reading.elements(rows)).shape[-1]
+                return on_rows(coder.trunk, rows).shape[-1]
             except ValueError as error:
                 sites = ", ".join(f"'{site}'" for site in block.sites)
                 raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
@@ -466,10 +480,11 @@ class AutoAmortized(AutoGuide):
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             rng = pyro.util.get_rng_state()
         pyro.util.set_rng_state(rng)
+        nodes = merged(trace.nodes, self.plan.families, self.plan.loops)
         for block in self.plan.blocks:
             coder = self.coder_of(block)
             for i, (name, dim) in enumerate(zip(block.sites, block.dims, strict=True)):
-                site = trace.nodes[name]
+                site = nodes[name]
                 value = bijection(site).inv(site["value"]).detach().to(self.dtype)
                 batch = len(site["fn"].batch_shape)
                 frames = {frame.name: frame for frame in site["cond_indep_stack"]}
@@ -557,19 +572,18 @@ def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
     return init
 
 
-def _is_of(key: str, block: Block) -> bool:
-    """Tells whether an option for a plate or level is for a block: of several plates, the innermost names it."""
-    return bool(block.plates) and key in (block.plates[-1], "/".join(block.plates))
-
-
 def _phis(block: Block, encoder: Any) -> tuple[nn.ModuleDict, int]:
     """Makes the networks that run on rows before they are pooled; returns also how many features the trunk gets."""
     sets = encoder if isinstance(encoder, DeepSets) else DeepSets()
+    series = encoder if isinstance(encoder, Recurrent) else Recurrent()
     phis, widths = nn.ModuleDict(), [level.width for level in block.levels]
     for i, level in enumerate(block.levels[:-1]):
         assert level.into is not None
         handed = widths[i]
-        if level.pooled and handed:
+        if level.pooled and handed and level.in_order:
+            phis[str(i)] = series.reader(handed)
+            handed = width_of(phis[str(i)], handed) + 1
+        elif level.pooled and handed:
             phis[str(i)] = sets.phi(handed)
             handed += (sets.phi_dims[-1] if sets.phi_dims else handed) + 1
         widths[level.into] += handed

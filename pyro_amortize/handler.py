@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call, opened
-from pyro_amortize.encoders import Rows, gathered
+from pyro_amortize.encoders import Rows
 from pyro_amortize.held import is_index
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior, prior_median
@@ -64,6 +64,7 @@ class GuidedRun(Messenger):
         self.reader = Reader(self.model, self.plan, self.call, (args, kwargs), observations, inputs, kind)
         self._parameters: dict[str, list[Tensor] | None] = {}
         self._with_data: dict[str, Tensor | None] = {}
+        self._sizes: dict[str, list[int]] = {}
         self._exit_after: frozenset[str] | None = None
 
     def sample(self) -> dict[str, Tensor]:
@@ -144,48 +145,72 @@ class GuidedRun(Messenger):
             return
         if msg["is_observed"]:
             msg["stop"] = True
+            self._refuse_longer(name)
             return
         self._leave_markov_scope(msg)
-        block = self.plan.block_of(name)
+        site, turn = self.plan.turn_of(name)
+        block = self.plan.block_of(site)
         if block is None:
-            if name in self.plan.left_to_model:
+            if site in self.plan.left_to_model:
                 if self.answering:
                     msg["value"] = prior_median(msg["fn"])
                 return
             msg["stop"] = True
-            if name not in self.plan.observed and name not in self.plan.foreign:
+            if site not in self.plan.observed and site not in self.plan.foreign:
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
                     f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."
                 )
             return
         parameters = self._block_parameters(block, msg)
-        if parameters is None:
+        if parameters is None or not self._is_within(block, turn):
             return
-        q = self._distribution(msg, block, block.sites.index(name), parameters)
+        q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q
         if self.answering:
             self.found[name] = q
-            self.plates[name] = block.plates
+            self.plates[name] = tuple(plate for plate in block.plates if plate not in turn)
             msg["value"] = Posterior({name: q}, {}).median[name]
 
     def _leave_markov_scope(self, msg: Any) -> None:
         """Takes names that are hidden from outside out of what ``pyro.markov`` tells outer handlers of."""
         scope = msg["infer"].get("_markov_scope")
         if scope:
-            seen = {name for name in scope if self.plan.block_of(name) or name in self.plan.left_to_model}
+            seen = {name for name in scope if self._is_guided(name)}
             msg["infer"]["_markov_scope"] = type(scope)({name: scope[name] for name in seen})
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             self.reader.indices[name] = msg["value"] if is_index(msg["value"]) else None
-        elif not msg["is_observed"] and (self.plan.block_of(name) or name in self.plan.left_to_model):
+        elif not msg["is_observed"] and self._is_guided(name):
             self.values[name] = msg["value"]
             if self._exit_after is not None and self._exit_after <= set(self.values):
                 raise _Done
-        elif self.plan.block_of(name):  # conditioned from outside
+        elif self._is_guided(name):  # conditioned from outside
             self.values[name] = msg["value"]
+
+    def _is_guided(self, name: str) -> bool:
+        site, _ = self.plan.turn_of(name)
+        return self.plan.block_of(site) is not None or site in self.plan.left_to_model
+
+    def _is_within(self, block: Block, turn: dict[str, int]) -> bool:
+        """Whether a turn of a loop is one of those that have data; what comes after has the model's own conditional."""
+        sizes = dict(zip(block.plates, self._sizes[block.name], strict=True))
+        return all(position < sizes[loop] for loop, position in turn.items())
+
+    def _refuse_longer(self, name: str) -> None:
+        """Refuses data of more turns of a loop than a table has rows for."""
+        _, turn = self.plan.turn_of(name)
+        for loop in (loop for loop, position in turn.items() if position >= self.plan.plates[loop]):
+            block = next((b for b in self.plan.blocks if loop in b.plates and not b.amortized), None)
+            if block is not None:
+                raise ValueError(
+                    f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
+                    f"{self.plan.plates[loop]} turns of loop '{loop}', but this call has data of more. A table cannot "
+                    f"answer for new rows; use an encoder: "
+                    f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': Recurrent()}})."
+                )
 
     def _subsample(self, msg: Any) -> None:
         name = msg["name"]
@@ -203,24 +228,30 @@ class GuidedRun(Messenger):
         if block.name in self._parameters:
             return self._parameters[block.name]
         around = plates_of([msg])
-        plates = {name: around[name] for name in block.plates}
+        plates = {name: around[name] for name in block.plates if name not in self.plan.loops}
         coder = self.guide.coder_of(block)
         reading = self.reader.read(block, plates) if block.levels else None
         parameters: list[Tensor] | None
         if not block.amortized:
             parameters = coder(self._index(block, plates))
+            self._sizes[block.name] = [
+                plates[name].size if name in plates else self.plan.plates[name] for name in block.plates
+            ]
         elif reading is None:
             self._refuse_missing(block)
             parameters = None
         elif isinstance(coder, Rows):
-            parameters = coder(torch.arange(math.prod(plate.size for plate in plates.values())))
+            parameters = coder(torch.arange(math.prod(reading.sizes)))
         else:
             features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
-            parameters = coder(reading.elements(gathered(coder.phis, features, reading.present, reading.moves)))
+            parameters = coder(self.guide.features_of(block, coder, features, reading))
+        if block.amortized and reading is not None:
+            self._sizes[block.name] = reading.sizes
         if self.answering and parameters is not None:
             parameters = [values.detach() for values in parameters]
         self._parameters[block.name] = parameters
-        self._with_data[block.name] = reading.with_data if reading is not None else None
+        chain = block.plates.index(block.chain) if block.chain else None
+        self._with_data[block.name] = reading.with_data(chain) if reading is not None else None
         return parameters
 
     def _refuse_missing(self, block: Block) -> None:
@@ -236,7 +267,7 @@ class GuidedRun(Messenger):
         for name in block.plates:
             full_size = self.plan.plates[name]
             ids = self.guide.row_ids.get(name)
-            if ids is None:
+            if ids is None and name in plates:
                 present = plates[name].full_size
                 if present != full_size:
                     raise ValueError(
@@ -250,12 +281,12 @@ class GuidedRun(Messenger):
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
 
-    def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor]) -> Any:
+    def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
         prior = msg["fn"]
         event_dim = len(unconstrained_shape(msg)) - len(prior.batch_shape)
         around = plates_of([msg])
-        plates = [around[name] for name in block.plates]
+        plates = [around[name] for name in block.plates if name not in turn]
         axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]
         expected = _without_axes(unconstrained_shape(msg), axes, len(shape) + len(axes))
@@ -264,7 +295,8 @@ class GuidedRun(Messenger):
                 f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
                 f"space, but the guide was initialized with {shape}. Build a new guide for this model."
             )
-        values = parameters[which]
+        sizes = self._sizes[block.name]
+        values = _of_turn(parameters[which], block.plates, sizes, turn)
         dim = block.dims[which]
         placed = [
             _placed(values[..., i * dim : (i + 1) * dim], [plate.size for plate in plates], axes, shape)
@@ -274,9 +306,10 @@ class GuidedRun(Messenger):
         with_data = self._with_data[block.name]
         marks = None
         if with_data is not None:
-            marks = _placed(with_data.flatten()[:, None], list(with_data.shape), [plate.dim for plate in plates], ())
+            marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
+            marks = _placed(marks, [plate.size for plate in plates], [plate.dim for plate in plates], ())
             marks = marks.to(parameters[0].device)
-        if msg["name"] in self.plan.unmasked:
+        if block.sites[which] in self.plan.unmasked:
             msg["mask"] = marks
             q = dressed(msg, without_masks(prior), q)
         else:
@@ -293,6 +326,18 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             msg["is_observed"], msg["value"] = False, None
+
+
+def _of_turn(values: Tensor, plates: tuple[str, ...], sizes: list[int], turn: dict[str, int]) -> Tensor:
+    """Picks the elements of one turn of loops out of values of shape (..., elements, width)."""
+    if not turn:
+        return values
+    lead = values.dim() - 2
+    whole = values.reshape(*values.shape[:lead], *sizes, values.shape[-1])
+    for position, plate in reversed(list(enumerate(plates))):
+        if plate in turn:
+            whole = whole.select(lead + position, turn[plate])
+    return whole.reshape(*values.shape[:lead], -1, values.shape[-1])
 
 
 def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:

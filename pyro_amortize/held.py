@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,17 +15,28 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
-from pyro_amortize.structure import Plate
+from pyro_amortize.loops import merged, split
+from pyro_amortize.structure import Family, Plate
 from pyro_amortize.supports import generic_value
 
 
 class HeldRun(Messenger):
-    """Runs a model with its latents, subsample indices and random state held at what the first run made them."""
+    """Runs a model with its latents, subsample indices and random state held at what the first run made them.
 
-    def __init__(self, model: Model, call: Call) -> None:
+    Args:
+        model: The model.
+        call: Its arguments.
+        families: Sites to be merged, and the number of the first turn of each of their loops.
+    """
+
+    def __init__(
+        self, model: Model, call: Call, families: Sequence[Family] = (), loops: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.call = call
+        self.families, self.loops = families, loops or {}
+        self.sites: dict[str, Any] = {}
         self.values: dict[str, Tensor] = {}
         self.indices: dict[str, Any] = {}
         self.drawn: set[str] = set()
@@ -40,13 +51,13 @@ class HeldRun(Messenger):
         observed: dict[str, Tensor] | None = None,
         seed: int = 0,
         under: Any = None,
-    ) -> poutine.Trace:
+    ) -> dict[str, Any]:
         """Runs the model once, with some arguments, latents or observations other than held.
 
         Returns:
-            The trace, with ``log_prob`` (masks and scales applied) at every sample site.
+            The nodes of the trace, with ``log_prob`` (masks and scales applied) at every sample site.
         """
-        self._latents, self._observed = latents or {}, observed or {}
+        self._latents, self._observed = split(latents or {}, self.sites), split(observed or {}, self.sites)
         values = {name: value.clone() for name, value in self.call.tensors.items()}
         args, kwargs = self.call.replaced({**values, **(leaves or {})})
         pyro.set_rng_seed(seed)
@@ -58,7 +69,8 @@ class HeldRun(Messenger):
                 _refuse_nan(name, site)
         with torch.no_grad():
             trace.compute_log_prob()
-        return trace
+            self.sites = merged(trace.nodes, self.families, self.loops)
+        return self.sites
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -85,22 +97,6 @@ def site_cells(value: Tensor, event_dim: int, plates: Sequence[Plate]) -> Tensor
     value = value.reshape((1,) * (max((-dim for dim in dims), default=0) - value.dim()) + value.shape)
     cells = value.movedim(dims, list(range(len(dims)))) if dims else value
     return cells.expand((*(plate.size for plate in plates), *cells.shape[len(dims) :]))
-
-
-def site_mask(site: Any) -> Tensor | None:
-    """Returns which entries of an observed site count, shape of its value; None if all do."""
-    value, fn = site["value"], site["fn"]
-    masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            masks.append((fn._mask, len(fn.event_shape)))
-        fn = fn.base_dist
-    found = None
-    for mask, event_dim in masks:
-        mask = torch.as_tensor(mask, device=value.device)
-        mask = mask.reshape(mask.shape + (1,) * event_dim)
-        found = mask if found is None else found & mask
-    return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
 
 
 def is_index(value: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.held import kind_of, site_mask
+from pyro_amortize.held import kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
-from pyro_amortize.supports import generic_value, is_delta, unconstrained_shape
+from pyro_amortize.supports import generic_value, is_delta, site_mask, unconstrained_shape
 
 
 class LatentProbes:
@@ -39,8 +39,9 @@ class LatentProbes:
             shape = tuple(site["fn"].shape())
             children = self._moved_by(name, {name: self._other(name)}) if discrete else frozenset()
             return Site(name, False, names, shape, children, fixed=True, discrete=discrete, **facts)
-        unconstrained = list(unconstrained_shape(site))
-        batch = len(site["fn"].batch_shape)
+        one = site.get("example", site)
+        unconstrained = list(unconstrained_shape(one))
+        batch = len(one["fn"].batch_shape)
         kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
         children, couples = self._latent_probe(name, plates)
         facts |= {"row_plates": self._row_plates(name, children), "unmasked": self._is_unmasked(name)}

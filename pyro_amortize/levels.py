@@ -26,6 +26,7 @@ class Level:
         into: Position of the level that these are handed to; None for the last.
         pooled: Whether rows are pooled on that way; if not, they are spread.
         link: The index that the way follows, if it follows one.
+        in_order: Whether the rows that are pooled stand in an order that matters.
         width: Features that the sources give after preparation.
     """
 
@@ -35,6 +36,7 @@ class Level:
     into: int | None = None
     pooled: bool = False
     link: Link | None = None
+    in_order: bool = False
     width: int = 0
 
 
@@ -45,6 +47,7 @@ class _Node:
     sites: list[str] = field(default_factory=list)
     pooled: bool = False
     link: Link | None = None
+    in_order: bool = False
     handed: list[_Node] = field(default_factory=list)
 
 
@@ -57,7 +60,8 @@ class Ways:
 
     def __init__(self, facts: Structure) -> None:
         self.links = facts.links
-        self.order = {name: (plate.dim, name) for name, plate in facts.plates.items()}
+        self.order = {name: plate.order for name, plate in facts.plates.items()}
+        self.series = {name for name, plate in facts.plates.items() if plate.series}
 
     def covers(self, level: Iterable[str], target: Iterable[str]) -> bool:
         """Tells whether each row of a level belongs to one element of the target level."""
@@ -113,6 +117,7 @@ class Ways:
                 position.get(id(node)),
                 node.pooled,
                 node.link,
+                node.in_order,
             )
             for node in nodes
         )
@@ -124,7 +129,7 @@ class Ways:
         def node(level: Plates) -> _Node:
             if level not in nodes:
                 into, link = self.step(level, goal)
-                nodes[level] = _Node(level, pooled=True, link=link)
+                nodes[level] = _Node(level, pooled=True, link=link, in_order=level - into <= self.series)
                 node(into).handed.append(nodes[level])
             return nodes[level]
 

@@ -135,8 +135,8 @@ def _axis(source: Source, plate: Plate) -> int:
     return source.axes[source.plates.index(plate.name)]
 
 
-def _sums(trace: Any) -> dict[str, Tensor]:
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+def _sums(nodes: Mapping[str, Any]) -> dict[str, Tensor]:
+    sites = {name: site for name, site in nodes.items() if site["type"] == "sample"}
     return {name: torch.stack([s["log_prob_sum"], s["log_prob"].abs().sum()]) for name, s in sites.items()}
 
 
@@ -154,10 +154,10 @@ def _bias(way: Minibatches, held: HeldRun, full: dict[str, Tensor]) -> str | Non
         part.values = {name: _picked(value, name, held, plate, rows) for name, value in held.values.items()}
         try:
             with pyro.validation_enabled(False):
-                trace = part.run(under=handler)
+                nodes = part.run(under=handler)
         except (ValueError, RuntimeError, IndexError) as error:
             return f"it does not run on some rows of plate '{plate.name}' ({str(error).splitlines()[0]})"
-        for name, sums in _sums(trace).items():
+        for name, sums in _sums(nodes).items():
             total[name] = total.get(name, torch.zeros_like(sums)) + sums * len(rows) / plate.size
     for name, (log_joint, size) in full.items():
         if name not in total or not bool((total[name][0] - log_joint).abs() <= 2e-5 * (1 + size)):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pyro_amortize.levels import Level
-from pyro_amortize.structure import Link, Source
+from pyro_amortize.structure import Family, Link, Source
 
 FUNCTION = "inputs(...)"
 """Name of the source that a function of the user's own is."""
@@ -31,6 +31,14 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far an encoder sees along a plate whose elements stand in order: ``radius`` to either side, None for all."""
+
+    plate: str
+    radius: int | None
+
+
+@dataclass(frozen=True)
 class Block:
     """Latent sites that share an encoder, or one site that has a table.
 
@@ -48,6 +56,8 @@ class Block:
         levels: The data of the inputs by the plates that they have, and their ways to the block's own level, the last.
         rows: Elements of the plates together, as the table has them.
         exact_prior: Whether elements without data have the prior as their posterior, given the latents above them.
+        chain: The loop along which that is so only after the last datum, since each element depends on the one before.
+        reach: How far the encoder sees beside an element's own data.
     """
 
     name: str
@@ -63,6 +73,8 @@ class Block:
     levels: tuple[Level, ...]
     rows: int
     exact_prior: bool = True
+    chain: str | None = None
+    reach: Reach | None = None
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -84,6 +96,8 @@ class AmortizationPlan:
         masks: For each observed site under a mask the argument that is the mask, or whose NaN it covers; None where
             only a run of the model tells.
         foreign: Latents that the model hides from the guide, for another to sample.
+        families: Sites that are numbered by loops, ``z_0``, ``z_1``, ...; all else here names a family, ``z_*``.
+        loops: The number of the first turn of each loop.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
     """
 
@@ -96,16 +110,29 @@ class AmortizationPlan:
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    families: tuple[Family, ...] = ()
+    loops: dict[str, int] = field(default_factory=dict)
+
+    def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
+        """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""
+        for family in self.families:
+            numbers = family.numbers(site)
+            if numbers is not None:
+                turn = {loop: n - self.loops[loop] for loop, n in zip(family.loops, numbers, strict=True)}
+                if all(position >= 0 for position in turn.values()):
+                    return family.name, turn
+        return site, {}
 
     @property
     def pooled(self) -> dict[str, str]:
-        """Plates over whose rows an encoder pools, and a site that it does so for."""
+        """Plates of which an encoder needs all rows, as it pools them or sees beside an element, and a site of its."""
         found: dict[str, str] = {}
         for block in (block for block in self.blocks if block.amortized):
             for level in block.levels:
                 if level.pooled and level.into is not None:
                     gone = set(level.plates) - set(block.levels[level.into].plates)
                     found |= dict.fromkeys(gone, block.sites[0])
+            found |= {block.reach.plate: block.sites[0]} if block.reach else {}
         return found
 
     def block_of(self, site: str) -> Block | None:
@@ -132,9 +159,12 @@ class AmortizationPlan:
                 for level in block["levels"]
             ]
             shapes = tuple(tuple(shape) for shape in block["shapes"])
-            blocks.append(Block(**{**_tuples(block), "shapes": shapes, "levels": tuple(levels)}))
+            reach = block["reach"] and Reach(**block["reach"])
+            blocks.append(Block(**{**_tuples(block), "shapes": shapes, "levels": tuple(levels), "reach": reach}))
         masks = {site: source and _source(source) for site, source in code["masks"].items()}
-        rest = {"blocks": tuple(blocks), "verdict": Verdict(**code["verdict"]), "masks": masks}
+        families = tuple(Family(**_tuples(family)) for family in code["families"])
+        verdict = Verdict(**code["verdict"])
+        rest = {"blocks": tuple(blocks), "verdict": verdict, "masks": masks, "families": families}
         return cls(**{**_tuples(code), **rest})
 
     def __str__(self) -> str:
@@ -162,13 +192,16 @@ class AmortizationPlan:
 
 
 def _described(block: Block) -> str:
-    """Lists a block's inputs, each with the plates that it is pooled over."""
+    """Lists a block's inputs, each with the plates that it is pooled over, and how far beside an element they reach."""
     parts = []
     for name in block.inputs:
         source = next(source for source in block.sources if source.name == name)
         over = [plate for plate in source.plates if plate not in block.plates]
         pooled = any(level.pooled and source in level.sources for level in block.levels)
         parts.append(f"{name} over {'/'.join(over)}" if over and pooled else name)
+    if block.reach is not None:
+        radius = "all" if block.reach.radius is None else f"±{block.reach.radius}"
+        parts.append(f"{radius} along {block.reach.plate}")
     return ", ".join(parts)
 
 
@@ -187,4 +220,4 @@ def _tuples(code: Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(code: Mapping[str, Any]) -> Source:
     sets = {key: frozenset(code[key]) for key in ("reaches", "indexed", "couples")}
-    return Source(**{**_tuples(code), **sets})
+    return Source(**{**_tuples(code), **sets, "offsets": tuple(map(tuple, code["offsets"]))})

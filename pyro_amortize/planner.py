@@ -7,18 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_amortize.calls import Model
+from pyro_amortize.encoders import MLP, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
-from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Verdict
+from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, overall, related_to
+
+OWN_DATA = MLP()
+"""An encoder that sees nothing beside an element's own data."""
 
 
 def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> AmortizationPlan:
     """Plans how to amortize a model: which latents are local, which global, and which data inform each.
 
     The model is run a few times on the given data, small changes made to them; nothing is changed: not the random
-    state, the param store, or any module.
+    state, the param store, or any module. The verdict is on encoders that see an element's own data; that of a guide's
+    own plan, ``guide.plan``, is on its encoders, which may see more (``Window``, ``Recurrent``, ``inputs=``).
 
     Args:
         model: A Pyro model.
@@ -30,7 +35,7 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
 
     Raises:
         ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent, or a numpy array.
-        NotImplementedError: The model has ``pyro.markov``, enumerated latents or sequential plates.
+        NotImplementedError: The model has enumerated latents.
 
     Example:
         >>> def model(x):
@@ -52,7 +57,11 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
 
 
 def build_plan(
-    facts: Structure, tables: frozenset[str] = frozenset(), apart: frozenset[str] = frozenset(), inputs: Any = None
+    facts: Structure,
+    tables: frozenset[str] = frozenset(),
+    apart: frozenset[str] = frozenset(),
+    inputs: Any = None,
+    encoder: Any = OWN_DATA,
 ) -> AmortizationPlan:
     """Makes a plan from facts.
 
@@ -61,15 +70,18 @@ def build_plan(
         tables: Sites and plates whose parameters come from tables though they have data.
         apart: Sites with an encoder of their own; global ones among them are amortized.
         inputs: Names that replace the found inputs, for all blocks, or a dict from site or plate.
+        encoder: The guide's option. By default encoders see an element's own data.
     """
-    return _Planner(facts, tables, apart, inputs).plan()
+    return _Planner(facts, tables, apart, inputs, encoder).plan()
 
 
 class _Planner:
     """Makes one plan."""
 
-    def __init__(self, facts: Structure, tables: frozenset[str], apart: frozenset[str], inputs: Any) -> None:
-        self.facts, self.tables, self.apart, self.inputs = facts, tables, apart, inputs
+    def __init__(
+        self, facts: Structure, tables: frozenset[str], apart: frozenset[str], inputs: Any, encoder: Any
+    ) -> None:
+        self.facts, self.tables, self.apart, self.inputs, self.encoder = facts, tables, apart, inputs, encoder
         self.ways = Ways(facts)
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
         self.latents = [site for site in facts.latents if site.name not in self.left]
@@ -89,7 +101,6 @@ class _Planner:
             site.name: site for site in self.latents if self._is_encoded_global(site) or self._is_local(site)
         }
         self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
-        self._refuse_series()
         self.judge = Judge(facts, self.ways, self.sources, self._has_table, self._is_by_function)
 
     def plan(self) -> AmortizationPlan:
@@ -100,7 +111,7 @@ class _Planner:
             grouped.setdefault("/".join(site.plates) if together else site.name, []).append(site)
         blocks, verdicts = [], []
         for name, sites in grouped.items():
-            site, verdict = sites[0], None
+            site, verdict, reach = sites[0], None, None
             if site.name not in self.locals:
                 levels: tuple[Level, ...] = ()
             elif self._has_table(site):
@@ -108,9 +119,10 @@ class _Planner:
                 levels = self._presence(sites)
             else:
                 levels, complete = self._levels(name, sites)
-                verdict = self.judge.judge(sites, self._together(sites), levels, complete)
+                reach = self._reach(name, sites)
+                verdict = self.judge.judge(sites, self._together(sites), levels, complete, reach)
                 verdicts.append(verdict)
-            blocks.append(self._block(name, sites, levels, verdict))
+            blocks.append(self._block(name, sites, levels, verdict, reach))
         order = {site.name: i for i, site in enumerate(self.latents)}
         blocks.sort(key=lambda block: order[block.sites[0]])
         return AmortizationPlan(
@@ -123,6 +135,8 @@ class _Planner:
             self.masks,
             tuple(site.name for site in self.latents if site.unmasked),
             tuple(site.name for site in self.facts.sites.values() if site.foreign),
+            self.facts.families,
+            {name: plate.first for name, plate in self.facts.plates.items() if plate.first is not None},
         )
 
     # Which latents are local.
@@ -244,11 +258,35 @@ class _Planner:
         dims = tuple(plate.dim for plate in plates)
         return Source(name, target, tuple(axes), dims, rest, related, indexed=frozenset(indexed))
 
-    def _block(self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None) -> Block:
+    def _reach(self, name: str, sites: list[Site]) -> Reach | None:
+        """Returns how far the encoder of a block sees beside an element's own data."""
+        plates = sites[0].plates
+        encoder = encoder_for(self.encoder, name, [site.name for site in sites], plates)
+        couplings = self.judge.couplings(self._together(sites))
+        loops = [plate for plate in plates if self.facts.plates[plate].series]
+        if encoder is None:
+            return Reach(loops[-1], None) if set(loops) & couplings else None
+        if not isinstance(encoder, (Window, Recurrent)):
+            return None
+        along = encoder.along or next(iter([*loops[::-1], *sorted(couplings & set(plates))]), None)
+        if along is None and isinstance(self.encoder, dict) and plates:
+            along = plates[-1]
+        if along is not None and along not in plates:
+            raise ValueError(
+                f"plan_amortization: {type(encoder).__name__}(along={along!r}) is to encode '{sites[0].name}', which "
+                f"stands in the plates {list(plates)}."
+            )
+        return None if along is None else Reach(along, encoder.radius if isinstance(encoder, Window) else None)
+
+    def _block(
+        self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None, reach: Reach | None
+    ) -> Block:
         shapes = tuple(site.shape for site in sites)
         dims = tuple(math.prod(shape) for shape in shapes)
         levels = tuple(replace(level, width=sum(source.width for source in level.sources)) for level in levels)
         inputs = dict.fromkeys(source.name for level in levels for source in level.sources)
+        coupled = {plate for site in self._together(sites).values() for plate in site.couples}
+        chains = [plate for plate in sites[0].plates if self.facts.plates[plate].series]
         return Block(
             name=name,
             sites=tuple(site.name for site in sites),
@@ -262,18 +300,12 @@ class _Planner:
             shapes=shapes,
             levels=levels,
             rows=math.prod(self.facts.plates[plate].full_size for plate in sites[0].plates),
-            exact_prior=not any(site.couples for site in self._together(sites).values()),
+            exact_prior=coupled <= set(chains),
+            chain=next((plate for plate in chains if plate in coupled), None),
+            reach=reach,
         )
 
     # What cannot be.
-
-    def _refuse_series(self) -> None:
-        for site in self.locals.values():
-            if site.markov:
-                raise NotImplementedError(
-                    f"plan_amortization: site '{site.name}' stands inside pyro.markov; series are not supported yet. "
-                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
-                )
 
     def _refuse_discrete(self) -> None:
         facts = self.facts

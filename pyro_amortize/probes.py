@@ -15,17 +15,17 @@ Nothing is changed by looking: not the random state, the param store, module buf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_amortize.held import HeldRun
-from pyro_amortize.structure import Link, Plate, plates_of
+from pyro_amortize.loops import find_loops
+from pyro_amortize.structure import Family, Link, Plate, plates_of
 
 
 @dataclass
@@ -35,65 +35,65 @@ class Probes:
     Attributes:
         held: Runs the model.
         hides: Tells of a site whether the model hides it from its guide.
-        base: The trace of the base run.
+        loose: Names of loops that are not to be seen as such.
+        base: The nodes of the base run's trace.
+        families: Sites that loops number, each family one site in all that follows.
+        loops: The loops, as plates.
         plates: Its plates, by name.
         factors: Its sites with a density, by name.
         noise: How far log-factors move by themselves.
         links: The links found so far.
-        last: The trace of the last run with a change.
+        last: The nodes of the last run with a change.
     """
 
     held: HeldRun
     hides: Callable[[Any], bool]
-    base: poutine.Trace = field(init=False)
+    loose: frozenset[str] = frozenset()
+    base: dict[str, Any] = field(init=False)
     plates: dict[str, Plate] = field(init=False)
     noise: float = field(init=False)
+    families: tuple[Family, ...] = field(init=False)
+    loops: dict[str, Plate] = field(init=False)
 
     def __post_init__(self) -> None:
         self.held.run()  # draws the latents; from here on the random state runs alike
+        families, loops = find_loops(_factors(self.held.run()))
+        self.families = tuple(family for family in families if not self.loose & set(family.loops))
+        self.loops = {name: plate for name, plate in loops.items() if name not in self.loose}
+        self.held.families = self.families
+        self.held.loops = {name: plate.first or 0 for name, plate in self.loops.items()}
         self.base = self.held.run()
-        self.sample_sites = {n: s for n, s in self.base.nodes.items() if s["type"] == "sample"}
-        self.plates = {}
         self.links: list[Link] = []
-        for name, site in self.sample_sites.items():
-            for frame in site["cond_indep_stack"]:
-                if not frame.vectorized:
-                    raise NotImplementedError(
-                        f"plan_amortization: site '{name}' stands in the sequential plate '{frame.name}'. Make the "
-                        f"plate vectorized: 'with pyro.plate({frame.name!r}, ...):' around '{name}'."
-                    )
-        for name, plate in plates_of(self.sample_sites.values()).items():
+        self.factors = _factors(self.base)
+        self.plates = {}
+        for name, plate in plates_of(s for s in self.base.values() if s["type"] == "sample").items():
             drawn = plate.size < plate.full_size and name in self.held.drawn
-            self.plates[name] = replace(plate, at_random=drawn)
-        self.factors = {
-            name: site
-            for name, site in self.sample_sites.items()
-            if not (site["is_observed"] and (site["mask"] is False or site["infer"].get("_deterministic")))
-        }
+            loop = self.loops.get(name, plate)
+            self.plates[name] = replace(plate, at_random=drawn, first=loop.first, series=loop.series)
         with pyro.validation_enabled(False):
             again = self.held.run()
         self.noise = 0.0
         for name in self.factors:
-            difference = (again.nodes[name]["log_prob"] - self.factors[name]["log_prob"]).abs().nan_to_num(0.0)
+            difference = (again[name]["log_prob"] - self.factors[name]["log_prob"]).abs().nan_to_num(0.0)
             self.noise = max(self.noise, 10 * float(difference.max()) if difference.numel() else 0.0)
 
     def changed(self, **changes: Any) -> dict[str, Tensor] | None:
         """Runs the model with changes; returns how far each entry of each site's log-factor moved, None if it fails."""
         try:
             with pyro.validation_enabled(False):
-                trace = self.held.run(**changes)
+                nodes = self.held.run(**changes)
         except (ValueError, RuntimeError, IndexError):
             return None
         moved = {}
         for name, site in self.factors.items():
-            before, after = site["log_prob"], trace.nodes.get(name, {}).get("log_prob")
+            before, after = site["log_prob"], nodes.get(name, {}).get("log_prob")
             if after is None or after.shape != before.shape:
                 moved[name] = torch.full(before.shape, torch.inf)
             else:
                 distance = torch.where(before == after, 0.0, (before - after).abs())
                 distance = torch.where(before.isnan() & after.isnan(), 0.0, distance.nan_to_num(torch.inf))
                 moved[name] = torch.where(distance <= self.noise, 0.0, distance).cpu()
-        self.last = trace
+        self.last = nodes
         return moved
 
     def rows(self, moved: dict[str, Tensor], name: str, plate: Plate) -> Tensor:
@@ -109,8 +109,8 @@ class Probes:
 
     def frames(self, name: str) -> list[Plate]:
         """The plates of a site, outer to inner."""
-        frames = sorted(self.factors[name]["cond_indep_stack"], key=lambda frame: frame.dim)
-        return [self.plates[frame.name] for frame in frames]
+        frames = (frame for frame in self.factors[name]["cond_indep_stack"] if frame.vectorized)
+        return sorted((self.plates[frame.name] for frame in frames), key=lambda plate: plate.order)
 
     def members(self, plate: Plate) -> list[str]:
         return [name for name in self.factors if plate in self.frames(name)]
@@ -139,6 +139,16 @@ class Probes:
             if leaf.shape[axis] != plate.size:
                 return None
         return leaf.movedim(axes, tuple(range(len(axes)))).reshape(*(plate.size for plate in plates), -1).cpu()
+
+
+def _factors(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample sites with a density among the nodes of a trace."""
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] and (site["mask"] is False or site["infer"].get("_deterministic")))
+    }
 
 
 def spread_out(numbers: Tensor, plates: Sequence[Plate]) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
-from pyro_amortize.held import HeldRun, site_cells, site_mask
+from pyro_amortize.held import HeldRun, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, presence
 from pyro_amortize.structure import Plate, Source, plates_of
+from pyro_amortize.supports import site_mask
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,23 @@ class Reading:
         """Which rows of each level count when pooling; None if all do."""
         return [marks if isinstance(marks, Tensor) else None for marks in self.marks]
 
-    @property
-    def with_data(self) -> Tensor | None:
-        """Which elements of the block have data, shape of its plates; None if all have."""
+    def with_data(self, chain: int | None = None) -> Tensor | None:
+        """Returns which elements of the block have data, shape of its plates; None if all have.
+
+        Args:
+            chain: Position of a plate along which all count that stand before an element with data.
+        """
         marks = self.marks[-1]
         if not isinstance(marks, Tensor) or bool(marks.all()):
             return None
-        return marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
+        marks = marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
+        return marks if chain is None else marks.flip(chain).cummax(chain).values.flip(chain)
+
+    def laid(self, features: Tensor) -> Tensor:
+        """Gives features, shape (..., *plates, features), the full lengths of the block's own plates."""
+        lead = features.dim() - 1 - self.count
+        rest = features.shape[lead + len(self.sizes) :]
+        return features.expand(*features.shape[:lead], *self.sizes, *rest)
 
     def elements(self, features: Tensor) -> Tensor:
         """Brings features, shape (..., *plates, features), to shape (..., elements of the block, features)."""
@@ -98,11 +109,11 @@ class Reader:
             The sample sites.
         """
         seed = int(torch.randint(2**31, ())) if seed is None else seed
-        held = HeldRun(self.model, self.call)
+        held = HeldRun(self.model, self.call, self.plan.families, self.plan.loops)
         with preserved(self.model, evaluating=True):
-            trace = held.run(seed=seed)
-        self.looked_up = {"sites": trace.nodes, "indices": held.indices}
-        return [site for site in trace.nodes.values() if site["type"] == "sample"]
+            nodes = held.run(seed=seed)
+        self.looked_up = {"sites": nodes, "indices": held.indices}
+        return [site for site in nodes.values() if site["type"] == "sample"]
 
     def read(self, block: Block, around: dict[str, Plate]) -> Reading | None:
         """Returns the data of a block for the present elements of its plates; None where some are missing."""
@@ -285,8 +296,9 @@ class Reader:
         if isinstance(inputs, dict):
             inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates[-1:]) if key in inputs)
         rows = inputs(*self.arguments[0], **self.arguments[1])  # type: ignore[operator]
-        sizes = [plates[name].size for name in block.plates]
-        if not isinstance(rows, Tensor) or list(rows.shape[: len(sizes)]) != sizes:
+        sizes = [plates[name].size if name in plates else name for name in block.plates]  # a loop may have any length
+        fits = isinstance(rows, Tensor) and rows.dim() >= len(sizes)
+        if not fits or any(size != n for size, n in zip(sizes, rows.shape, strict=False) if isinstance(size, int)):
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             raise ValueError(
                 f"{self.kind}: the function in inputs= returned {got} for '{block.sites[0]}'. Expected a tensor of "

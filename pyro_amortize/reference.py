@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_amortization
 from pyro_amortize.posterior import normal_underneath
-from pyro_amortize.structure import plates_of
+from pyro_amortize.structure import Plate, plates_of
 
 
 @dataclass(frozen=True)
@@ -267,20 +267,20 @@ def held_globals(
         ValueError: A name in ``given`` is no global latent.
     """
     names = {site for block in plan.blocks if not block.amortized for site in block.sites}
-    unknown = sorted(set(given or {}) - names)
+    unknown = sorted(name for name in given or {} if plan.turn_of(name)[0] not in names)
     if unknown:
         raise ValueError(f"given: '{unknown[0]}' is no global latent of the model. Known: {sorted(names)}.")
     values = dict(given or {})
-    missing = names - set(values)
+    missing = names - {plan.turn_of(name)[0] for name in values}
     if missing:
         medians = _medians(guide, args, kwargs)
-        lacking = sorted(missing - set(medians))
+        lacking = sorted(missing - {plan.turn_of(name)[0] for name in medians})
         if lacking:
             raise ValueError(
                 f"amortization_gap: the guide has no median of '{lacking[0]}', a global latent of the model. Give its "
                 f"value: given={{'{lacking[0]}': ...}}."
             )
-        values.update({name: medians[name] for name in sorted(missing)})
+        values.update({name: value for name, value in sorted(medians.items()) if plan.turn_of(name)[0] in missing})
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -299,29 +299,53 @@ def _start(
     optimum: AutoAmortized, guide: Model, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Copies a guide's answer into the tables of the optimum, subsample by subsample if the plate subsamples itself."""
-    own = _answer(optimum, args, kwargs)
-    for name in names:
-        block = optimum.plan.block_of(name)  # type: ignore[union-attr]
-        values = optimum.coder_of(block).values[block.sites.index(name)]  # type: ignore[arg-type, union-attr]
-        plates = [plates_of([own[name]])[plate] for plate in block.plates]  # type: ignore[union-attr]
-        inner = torch.arange(math.prod(plate.full_size for plate in plates[1:]))
-        for indices, _ in covering(plates[0]):
-            with Subsample(plates[0].name, indices):
-                site = _answer(guide, args, kwargs)[name]
-            found = normal_underneath(site["fn"])
-            if found is None or found[1] != normal_underneath(own[name]["fn"])[1]:  # type: ignore[index]
-                raise NotImplementedError(
-                    f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be "
-                    f"searched among normals on the site's own support only: Normal on the reals, LogNormal on the "
-                    f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
-                )
-            base = found[0]
-            axes = [plate.dim - (base.loc.dim() - len(site["fn"].batch_shape)) for plate in plates]
-            rows = (indices[:, None] * len(inner) + inner).flatten()
-            first = list(range(len(axes)))
-            moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (base.loc, base.scale)]
-            with torch.no_grad():
-                values[rows] = optimum.family.parameters(*moments)
+    plan: AmortizationPlan = optimum.plan  # type: ignore[assignment]
+    own = {}
+    for name, site in _answer(optimum, args, kwargs).items():
+        planned, turn = plan.turn_of(name)
+        if planned in names and normal_underneath(site["fn"]) is not None:  # a forecast's is the model's own
+            own[name] = site, plan.block_of(planned), planned, turn
+    outer = {name: _outermost(site, block, turn) for name, (site, block, _, turn) in own.items()}
+    for plate in dict.fromkeys(outer.values()):
+        for indices in [indices for indices, _ in covering(plate)] if plate else [None]:
+            with Subsample(plate.name, indices) if plate and indices is not None else nullcontext():
+                answer = _answer(guide, args, kwargs)
+            for name in (name for name in own if outer[name] == plate):
+                _copy(optimum, *own[name], answer[name], indices)
+
+
+def _outermost(site: Any, block: Any, turn: dict[str, int]) -> Plate | None:
+    """Returns the outermost plate of a block around one of its sites, loops apart."""
+    return next((plates_of([site])[plate] for plate in block.plates if plate not in turn), None)
+
+
+def _copy(
+    optimum: AutoAmortized, own: Any, block: Any, planned: str, turn: dict[str, int], site: Any, indices: Tensor | None
+) -> None:
+    """Copies a guide's answer for one site into the table of the optimum, for some elements of its outermost plate."""
+    values = optimum.coder_of(block).values[block.sites.index(planned)]
+    found, name = normal_underneath(site["fn"]), own["name"]
+    if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
+        raise NotImplementedError(
+            f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be "
+            f"searched among normals on the site's own support only: Normal on the reals, LogNormal on the "
+            f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
+        )
+    base, around = found[0], plates_of([own])
+    rows = torch.zeros(1, dtype=torch.long)
+    for plate in block.plates:
+        size = optimum.plan.plates[plate]  # type: ignore[union-attr]
+        here = torch.tensor([turn[plate]]) if plate in turn else torch.arange(size)
+        if indices is not None:
+            here, indices = (indices, None) if plate not in turn else (here, indices)
+        rows = (rows[:, None] * size + here).flatten()
+    axes = [
+        around[plate].dim - (base.loc.dim() - len(site["fn"].batch_shape)) for plate in block.plates if plate in around
+    ]
+    first = list(range(len(axes)))
+    moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (base.loc, base.scale)]
+    with torch.no_grad():
+        values[rows] = optimum.family.parameters(*moments)
 
 
 def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

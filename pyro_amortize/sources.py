@@ -9,9 +9,10 @@ import torch
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyro_amortize.held import has_nan, kind_of, site_cells, site_mask
+from pyro_amortize.held import has_nan, kind_of, site_cells
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Plate, Source
+from pyro_amortize.supports import site_mask
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class _Claim:
     reaches: frozenset[str]
     couples: bool
     through: str | None = None
+    offsets: frozenset[int] = frozenset()
 
 
 class SourceProbes:
@@ -122,7 +124,7 @@ class SourceProbes:
         together = {frozenset(c.plate.name for c in claims if site in c.reaches) for c in claims for site in c.reaches}
         sources = []
         for names in sorted((t for t in together if not any(t < other for other in together)), key=sorted):
-            mine = sorted((c for c in claims if c.plate.name in names), key=lambda claim: claim.plate.dim)
+            mine = sorted((c for c in claims if c.plate.name in names), key=lambda claim: claim.plate.order)
             if len({claim.axis for claim in mine}) < len(mine):
                 continue
             plates, axes = [claim.plate for claim in mine], tuple(claim.axis for claim in mine)
@@ -145,6 +147,7 @@ class SourceProbes:
                     through,
                     frozenset(claim.plate.name for claim in mine if claim.indexed),
                     frozenset(claim.plate.name for claim in mine if claim.couples),
+                    tuple(tuple(sorted(claim.offsets)) for claim in mine),
                     feeds,
                     kind,
                     categories,
@@ -165,6 +168,7 @@ class SourceProbes:
         positions = {int(j): p for p, j in enumerate(picked)} if full else {}
         reaches: set[str] = set()
         touched: set[str] = set()
+        offsets: set[int] = set()
         everywhere = swaps = True
         couples = False
         indexed = full and subsampled
@@ -191,13 +195,14 @@ class SourceProbes:
                 if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
                     indexed, place = True, positions[target]
                 couples = couples or int(where.sum()) > int(bool(where[place]))
+                offsets |= set((where.nonzero().flatten() - place).tolist())
             if any(bool(m.any()) for n, m in moved.items() if n not in related):
                 couples = couples or bool(reaches)
             swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
         if not reaches or (everywhere and not swaps and plate.size > 2):
             return None, differs, touched
-        return _Claim(plate, axis, indexed, frozenset(reaches), couples), differs, touched
+        return _Claim(plate, axis, indexed, frozenset(reaches), couples, None, frozenset(offsets)), differs, touched
 
     def _picked_claim(self, name: str, leaf: Tensor, plate: Plate) -> _Claim | None:
         """Tells whether another argument says where in this one the data of a plate's elements stand: ``x[index]``."""
@@ -268,7 +273,7 @@ class SourceProbes:
         for name in members:
             site = self.probes.factors[name]
             if site["is_observed"]:
-                before, after = site["value"], self.probes.last.nodes[name]["value"]
+                before, after = site["value"], self.probes.last[name]["value"]
                 same = before.shape == after.shape and torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))
                 moved |= set() if same else {name}
         return moved
@@ -353,54 +358,62 @@ class SourceProbes:
         if self.probes.changed(leaves=leaves, latents=latents) is None:
             return None
         for name, site in self.probes.factors.items():
-            before, after = site["log_prob"], self.probes.last.nodes[name]["log_prob"]
+            before, after = site["log_prob"], self.probes.last[name]["log_prob"]
             if bool((before.sum() - after.sum()).abs() > 1e-4 * (1 + before.abs().sum())):
                 return True
         return False
 
     def hidden(self, plate: Plate, sources: list[Source]) -> bool | None:
-        """Makes two elements twins in all that is known of them, and sees whether their densities agree."""
+        """Makes two elements twins in all that is known of them, and sees whether their densities agree.
+
+        Where densities depend on neighbours' data too, these are made twins as well.
+        """
         sources = [source for source in sources if plate.name in source.plates]
         members = self.probes.members(plate)
-        if plate.size < 2 or not sources or any(plate.name in source.couples for source in sources):
+        offsets = [source.offsets[source.plates.index(plate.name)] for source in sources if source.offsets]
+        radius = max((abs(offset) for found in offsets for offset in found), default=0)
+        coupled = any(plate.name in source.couples for source in sources)
+        picked = any(plate.name in source.indexed for source in sources)
+        if plate.size < 4 * radius + 2 or not sources or (coupled and not radius) or (picked and radius):
             return None
         leaves, latents, observed = {}, {}, {}
-        target, origin = 0, 1
+        target, origin = radius, 3 * radius + 1
         indices = self.probes.held.indices.get(plate.name)
         for source in sources:
             if source.axes is None:
                 site = self.probes.factors[source.name]
                 axis = plate.dim - len(site["fn"].event_shape)
-                observed[source.name] = _row_over(site["value"], axis, target, origin)
+                observed[source.name] = _row_over(site["value"], axis, target, origin, radius)
             else:
                 if source.through[source.plates.index(plate.name)]:
                     continue  # its index is an argument of its own
                 indexed = plate.name in source.indexed
                 to, fro = (int(indices[target]), int(indices[origin])) if indexed else (target, origin)  # type: ignore[index]
                 axis = source.axes[source.plates.index(plate.name)]
-                leaves[source.name] = _row_over(self.probes.held.call.leaves[source.name], axis, to, fro)
+                leaves[source.name] = _row_over(self.probes.held.call.leaves[source.name], axis, to, fro, radius)
         for name in members:
             site = self.probes.factors[name]
             if not site["is_observed"]:
-                latents[name] = _row_over(site["value"], plate.dim - len(site["fn"].event_shape), target, origin)
+                axis = plate.dim - len(site["fn"].event_shape)
+                latents[name] = _row_over(site["value"], axis, target, origin, radius)
         if self.probes.changed(leaves=leaves, latents=latents, observed=observed) is None:
             return None
         for name in members:
-            factor, mask = self.probes.last.nodes[name]["log_prob"], self.probes.last.nodes[name]["mask"]
+            factor, mask = self.probes.last[name]["log_prob"], self.probes.last[name]["mask"]
             if factor.dim() >= -plate.dim and factor.shape[plate.dim] > 1:
                 counts = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-                pair = factor.movedim(plate.dim, 0)[:2]
-                both = counts.expand(factor.shape).movedim(plate.dim, 0)[:2].all(0).to(pair.device)
+                pair = factor.movedim(plate.dim, 0)[[target, origin]]
+                both = counts.expand(factor.shape).movedim(plate.dim, 0)[[target, origin]].all(0).to(pair.device)
                 if not torch.allclose(pair[0][both], pair[1][both], rtol=1e-4, atol=1e-5, equal_nan=True):
                     return True
         return False
 
 
-def _row_over(value: Tensor, axis: int, target: int, origin: int) -> Tensor:
+def _row_over(value: Tensor, axis: int, target: int, origin: int, radius: int) -> Tensor:
     copy = value.clone()
     rows = copy.movedim(axis, 0)
     if len(rows) > 1:
-        rows[target] = rows[origin].clone()
+        rows[target - radius : target + radius + 1] = rows[origin - radius : origin + radius + 1].clone()
     return copy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,47 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Plate:
-    """A vectorized plate as the example call had it: ``size`` elements of ``full_size``, drawn at random or given."""
+    """A vectorized plate as the example call had it: ``size`` elements of ``full_size``, drawn at random or given.
+
+    A loop over sites (``z_0``, ``z_1``, ...) counts as one: ``first`` is then the number of its first turn, and
+    ``series`` says that its turns come in an order that matters, as those of a sequential plate do not.
+    """
 
     name: str
     dim: int
     size: int
     full_size: int
     at_random: bool = False
+    first: int | None = None
+    series: bool = False
+
+    @property
+    def order(self) -> tuple[bool, int, str]:
+        """Sorts plates outer to inner; a series stands inside the plate of which each element has one."""
+        return self.series, self.dim, self.name
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sites ``z_0``, ``z_1``, ..., one for every turn of a loop, or of loops inside each other.
+
+    Attributes:
+        texts: What stands before, between and after the numbers in their names.
+        loops: The loop that each number counts.
+    """
+
+    texts: tuple[str, ...]
+    loops: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of all its sites together: ``z_*``."""
+        return "*".join(self.texts)
+
+    def numbers(self, site: str) -> tuple[int, ...] | None:
+        """Returns the numbers in the name of a site of the family; None for other sites."""
+        match = re.fullmatch(r"(\d+)".join(re.escape(text) for text in self.texts), site)
+        return tuple(int(number) for number in match.groups()) if match else None
 
 
 def plates_of(sites: Iterable[Any]) -> dict[str, Plate]:
@@ -87,6 +122,7 @@ class Source:
         through: For each plate the argument that holds the place of an element's cell (``x[index]``), if one does.
         indexed: Plates whose subsample the model picks out of it, rather than using it as it stands.
         couples: Plates along which one cell of it moves the densities of other elements.
+        offsets: For each plate how far from a cell's own element those are that it moves.
         feeds: The observed site whose values it is.
         missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
         by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
@@ -101,6 +137,7 @@ class Source:
     through: tuple[str | None, ...] = ()
     indexed: frozenset[str] = frozenset()
     couples: frozenset[str] = frozenset()
+    offsets: tuple[tuple[int, ...], ...] = ()
     feeds: str | None = None
     kind: str = "real"
     categories: int = 0
@@ -139,6 +176,7 @@ class Structure:
     """Facts about a model.
 
     Attributes:
+        families: Sites that are numbered by loops; ``sites`` holds each family as one site.
         hidden: Whether elements of a plate with equal data still differ; None where this could not be tried.
         indistinct: Arguments whose rows are all equal, so that nothing can be told of them.
         params: Names of the model's own parameters in the param store.
@@ -150,6 +188,7 @@ class Structure:
     plates: dict[str, Plate]
     sources: tuple[Source, ...]
     links: tuple[Link, ...]
+    families: tuple[Family, ...]
     hidden: dict[str, bool | None]
     indistinct: tuple[str, ...] = ()
     params: tuple[str, ...] = ()

@@ -76,6 +76,24 @@ def without_masks(fn: Any) -> Any:
     return fn
 
 
+def site_mask(site: Any) -> Tensor | None:
+    """Returns which entries of a site count, shape of its value; None if all do."""
+    if "entries" in site:  # merged from the sites of a loop
+        return site["entries"]  # type: ignore[no-any-return]
+    value, fn = site["value"], site["fn"]
+    masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    found = None
+    for mask, event_dim in masks:
+        mask = torch.as_tensor(mask, device=value.device)
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+        found = mask if found is None else found & mask
+    return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
+
+
 def generic_value(msg: Any) -> Tensor:
     """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]

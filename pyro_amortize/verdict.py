@@ -8,10 +8,14 @@ that stands inside an element of the outermost plate of local latents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pyro_amortize.levels import Level, Ways
-from pyro_amortize.plan import Verdict
+from pyro_amortize.plan import Reach, Verdict
 from pyro_amortize.structure import Site, Source, Structure
+
+MOST_NEIGHBOURS = 8
+"""Most neighbours on a side that advice names; beyond, rows are taken to be coupled all together."""
 
 
 class Judge:
@@ -36,7 +40,14 @@ class Judge:
         self.facts, self.ways, self.sources = facts, ways, sources
         self.has_table, self.by_function = has_table, by_function
 
-    def judge(self, sites: list[Site], together: dict[str, Site], levels: tuple[Level, ...], complete: bool) -> Verdict:
+    def judge(
+        self,
+        sites: list[Site],
+        together: dict[str, Site],
+        levels: tuple[Level, ...],
+        complete: bool,
+        reach: Reach | None = None,
+    ) -> Verdict:
         """Returns the verdict on a block.
 
         Args:
@@ -44,12 +55,36 @@ class Judge:
             together: All local latents whose posteriors depend on each other, these among them.
             levels: The data that its encoder sees.
             complete: Whether these are all data that were found to inform it.
+            reach: How far it sees beside an element's own data.
         """
+        verdict = self._judged(sites, together, levels, complete, reach)
+        outer = self._datum(together)[:1]
+        return replace(verdict, factorizes=verdict.factorizes and not self.couplings(together) & set(outer))
+
+    def couplings(self, together: dict[str, Site]) -> set[str]:
+        """Returns the plates along which posteriors of elements need each other's data."""
+        related = related_to(together, self.facts)
+        found = {plate for source in self.sources if source.reaches & related for plate in source.couples}
+        return found.union(*(site.couples for site in together.values()))
+
+    @staticmethod
+    def _datum(together: dict[str, Site]) -> tuple[str, ...]:
+        """The plates whose elements are the data: the outermost of the latents'."""
+        return min((site.plates for site in together.values() if site.plates), key=len, default=())
+
+    def _judged(
+        self,
+        sites: list[Site],
+        together: dict[str, Site],
+        levels: tuple[Level, ...],
+        complete: bool,
+        reach: Reach | None,
+    ) -> Verdict:
         related = related_to(together, self.facts)
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
         plates |= {plate for level in levels for plate in level.plates}
-        coupled = self._coupled(together, informing, self.by_function(sites[0])) or self._crossed(together)
+        coupled = self._coupled(sites[0], together, informing, reach) or self._crossed(together)
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
@@ -60,47 +95,74 @@ class Judge:
             return Verdict(
                 None, f"whether inputs= hands over all data of a row of '{sites[0].name}' is the function's own matter"
             )
-        unclear = self._unclear(sites, levels, plates, shown)
+        unclear = self._unclear(sites, levels, plates, shown, reach)
         if unclear:
             return unclear
         if not sites[0].plates:
             return Verdict(True, f"the encoder of '{sites[0].name}' sees all data")
-        outer = min((site.plates for site in together.values() if site.plates), key=len)
+        if reach and reach.plate in self.couplings(together):
+            sees = "the whole series" if reach.radius is None else f"all within {reach.radius} of an element"
+            return Verdict(True, f"the encoder of '{sites[0].name}' sees {sees}, on which alone its posterior depends")
+        outer = "/".join(self._datum(together))
         return Verdict(
-            True,
-            f"rows of '{'/'.join(outer)}' are independent given the globals, and the encoder sees all of a row's data",
+            True, f"rows of '{outer}' are independent given the globals, and the encoder sees all of a row's data"
         )
 
-    def _coupled(self, together: dict[str, Site], informing: list[Source], by_function: bool) -> Verdict | None:
+    def _sees(self, plate: str, site: Site, reach: Reach | None, radius: int | None = None) -> bool:
+        """Whether the encoder of a latent sees along a plate as far as it has to, ``radius``; None for all of it."""
+        if plate not in site.plates:
+            return self.facts.plates[plate].series  # pooled, and in order
+        if reach is None or reach.plate != plate:
+            return False
+        return reach.radius is None or (radius is not None and radius <= reach.radius)
+
+    def _coupled(
+        self, site: Site, together: dict[str, Site], informing: list[Source], reach: Reach | None
+    ) -> Verdict | None:
         """Finds elements of one plate whose posteriors need each other's data."""
-        for site in together.values():
-            if site.couples and site.plates:
-                via = sorted(site.children) or [site.name]
+        for other in together.values():
+            for plate in sorted(other.couples) if other.plates else ():
+                if self._sees(plate, site, reach):
+                    continue
+                in_order = self.facts.plates[plate].series or (reach is not None and reach.plate == plate)
+                via = f" through '{min(other.children)}'" if other.children and not in_order else ""
+                fix = (
+                    "a window narrows that gap, the more the wider it is (encoder=Window(radius)), and "
+                    "encoder=Recurrent() sees the whole series"
+                    if in_order
+                    else f"a function that adds some of them narrows the gap, "
+                    f"inputs={{'{other.name}': lambda ...: ...}}, and so does encoder=Window(radius), where rows stand "
+                    f"in order"
+                )
                 return Verdict(
                     False,
-                    f"elements of '{site.name}' are coupled through '{via[0]}', so a row's posterior needs "
-                    f"other rows' data; a function that adds some of them narrows the gap, "
-                    f"inputs={{'{site.name}': lambda ...: ...}}",
-                    factorizes=False,
+                    f"elements of '{other.name}' are coupled{via or f' along {plate!r}'}, so a row's posterior needs "
+                    f"other rows' data; {fix}",
                 )
         for source in informing:
             for plate in sorted(source.couples):
+                offsets = source.offsets[source.plates.index(plate)]
+                radius = max(map(abs, offsets), default=None)
+                if self._sees(plate, site, reach, radius):
+                    continue
                 reason = (
                     f"a row of '{source.name}' enters the densities of other rows of plate '{plate}', so a row's "
                     f"posterior needs its neighbours' data"
                 )
-                if by_function:
-                    return Verdict(None, f"{reason}; whether inputs= holds them could not be told", factorizes=False)
-                name = next(iter(together))
-                fix = f"add them, inputs={{'{name}': lambda ...: torch.stack([x.roll(1, 0), x], -1)}}, say"
-                return Verdict(False, f"{reason}; {fix}", factorizes=False)
+                if self.by_function(site):
+                    return Verdict(None, f"{reason}; whether inputs= holds them could not be told")
+                fix = f"add them, inputs={{'{site.name}': lambda ...: torch.stack([x.roll(1, 0), x], -1)}}, say"
+                if radius is not None and 0 < radius <= MOST_NEIGHBOURS:
+                    fix += f", or take encoder=Window({radius}), which sees them"
+                return Verdict(False, f"{reason}; {fix}")
         return None
 
     def _unclear(
-        self, sites: list[Site], levels: tuple[Level, ...], plates: set[str], shown: set[str]
+        self, sites: list[Site], levels: tuple[Level, ...], plates: set[str], shown: set[str], reach: Reach | None
     ) -> Verdict | None:
         """Finds what the model knows of a row beside its data, and what could not be tried."""
         facts = self.facts
+        plates = {plate for plate in plates if not self._sees(plate, sites[0], reach)}  # where it can count rows
         for plate in sorted(plates):
             if facts.hidden[plate]:
                 pooled = plate not in sites[0].plates and any(x.pooled and plate in x.plates for x in levels)

@@ -40,7 +40,7 @@ def test_a_table_of_one_row_serves_every_element():
 
 
 def test_heads_keep_batch_axes():
-    heads = Heads(nn.ModuleDict(), nn.Linear(3, 5), 5, [2, 4])
+    heads = Heads(nn.ModuleDict(), None, nn.Linear(3, 5), 5, [2, 4])
     data = torch.randn(6, 7, 3)
     first, second = heads(data)
     assert first.shape == (6, 7, 2)

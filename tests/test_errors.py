@@ -131,28 +131,6 @@ def test_an_enumerated_latent():
         plan_amortization(model, X)
 
 
-def test_a_sequential_plate():
-    def model(x):
-        for i in pyro.plate("n", len(x)):
-            z = pyro.sample(f"z_{i}", normal())
-            pyro.sample(f"x_{i}", normal(z), obs=x[i])
-
-    with refuses(NotImplementedError, r"'z_0' stands in the sequential plate 'n'.*with pyro.plate\('n', ...\)"):
-        plan_amortization(model, X)
-
-
-def test_markov():
-    def model(x):
-        z = torch.tensor(0.0)
-        with pyro.plate("n", len(x)):
-            for t in pyro.markov(range(3)):
-                z = pyro.sample(f"z_{t}", normal(z))
-                pyro.sample(f"x_{t}", normal(z), obs=x + t)
-
-    with refuses(NotImplementedError, r"'z_0' stands inside pyro.markov.*hide=\['z_0'\]"):
-        plan_amortization(model, X)
-
-
 @pytest.mark.parametrize("x", [torch.ones(12), X[:1]], ids=["equal-rows", "one-row"])
 def test_rows_that_tell_nothing(x):
     with refuses(ValueError, r"cannot tell which data inform 'z' in plate 'n'.*inputs=\{'n': \['x'\]\}"):

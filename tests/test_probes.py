@@ -471,12 +471,3 @@ def test_an_argument_that_few_rows_depend_on():
         local(x, lambda z, i: torch.where(torch.arange(9) == 3, z + c, z))
 
     assert "c" in sources(model, torch.randn(9), torch.randn(9))
-
-
-def test_a_sequential_plate_is_refused():
-    def model(x):
-        for i in pyro.plate("n", len(x)):
-            pyro.sample(f"z_{i}", normal())
-
-    with pytest.raises(NotImplementedError, match=r"'z_0' stands in the sequential plate 'n'.*with pyro.plate\('n'"):
-        facts(model, torch.randn(3))
