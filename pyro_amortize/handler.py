@@ -150,11 +150,7 @@ class GuidedRun(Messenger):
         self._leave_markov_scope(msg)
         site, turn = self.plan.turn_of(name)
         block = self.plan.block_of(site)
-        if block is None:
-            if site in self.plan.left_to_model:
-                if self.answering:
-                    msg["value"] = prior_median(msg["fn"])
-                return
+        if block is None and site not in self.plan.left_to_model:
             msg["stop"] = True
             if site not in self.plan.observed and site not in self.plan.foreign:
                 raise RuntimeError(
@@ -162,8 +158,9 @@ class GuidedRun(Messenger):
                     f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."
                 )
             return
-        parameters = self._block_parameters(block, msg)
-        if parameters is None or not self._is_within(block, turn):
+        parameters = self._block_parameters(block, msg) if block else None
+        if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
+            msg["value"] = prior_median(msg["fn"]) if self.answering else msg["value"]
             return
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q

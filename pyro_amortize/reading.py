@@ -141,6 +141,9 @@ class Reader:
                 present = self._source_marks(source, plates, axes)
                 levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
         marks = [self._level_marks(level, plates, axes) for level in block.levels]
+        for here in marks:  # a loop has as many turns as its data
+            for name, length in zip(axes, here.shape if isinstance(here, Tensor) else (), strict=False):
+                sizes[name] = max(length, sizes.get(name, 1))
         ways = list(zip(block.levels, marks, strict=True))[:-1]
         moves = [self._move(level, here, block, plates, axes, sizes) for level, here in ways]
         return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates], len(axes))

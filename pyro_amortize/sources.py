@@ -168,7 +168,8 @@ class SourceProbes:
         positions = {int(j): p for p, j in enumerate(picked)} if full else {}
         reaches: set[str] = set()
         touched: set[str] = set()
-        offsets: set[int] = set()
+        offsets: list[set[int]] = []
+        total: dict[str, Tensor] = {}
         everywhere = swaps = True
         couples = False
         indexed = full and subsampled
@@ -185,24 +186,39 @@ class SourceProbes:
                 couples = True
                 continue
             touched |= self._values_moved(members)
+            offsets.append(set())
             for site in related:
                 where = self.probes.rows(moved, site, plate) > 0
                 if not bool(where.any()):
                     continue
                 reaches.add(site)
+                total[site] = total.get(site, 0) + moved[site]
                 everywhere = everywhere and bool(where.all())
                 place = positions.get(target, -1) if indexed else target
                 if full and not subsampled and positions.get(target) != target and bool(where[positions[target]]):
                     indexed, place = True, positions[target]
                 couples = couples or int(where.sum()) > int(bool(where[place]))
-                offsets |= set((where.nonzero().flatten() - place).tolist())
+                half = plate.size // 2  # a model that rolls its rows leads from the last to the first
+                offsets[-1] |= set(((where.nonzero().flatten() - place + half) % plate.size - half).tolist())
             if any(bool(m.any()) for n, m in moved.items() if n not in related):
                 couples = couples or bool(reaches)
             swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
-        if not reaches or (everywhere and not swaps and plate.size > 2):
+        if not reaches or (everywhere and not swaps and plate.size > 2) or self._is_of_one_element(total, plate):
             return None, differs, touched
-        return _Claim(plate, axis, indexed, frozenset(reaches), couples, None, frozenset(offsets)), differs, touched
+        steps = [found for found in offsets if found]
+        if couples and steps and not set.intersection(*steps):  # rows go along with no row of the plate
+            return None, differs, touched
+        every = frozenset().union(*steps)
+        return _Claim(plate, axis, indexed, frozenset(reaches), couples, None, every), differs, touched
+
+    def _is_of_one_element(self, moved: dict[str, Tensor], plate: Plate) -> bool:
+        """Whether all that moved stands in one element of another plate, as with the series in a list of series."""
+        for name in moved:
+            for other in self.probes.frames(name):
+                if other != plate and int((self.probes.rows(moved, name, other) > 0).sum()) == 1 and other.size > 1:
+                    return True
+        return False
 
     def _picked_claim(self, name: str, leaf: Tensor, plate: Plate) -> _Claim | None:
         """Tells whether another argument says where in this one the data of a plate's elements stand: ``x[index]``."""
