@@ -149,7 +149,7 @@ class GuidedRun(Messenger):
             return
         self._leave_markov_scope(msg)
         site, turn = self.plan.turn_of(name)
-        block = self.plan.block_of(site)
+        block = self.plan.block_of(name)
         if block is None and site not in self.plan.left_to_model:
             msg["stop"] = True
             if site not in self.plan.observed and site not in self.plan.foreign:
@@ -188,8 +188,7 @@ class GuidedRun(Messenger):
             self.values[name] = msg["value"]
 
     def _is_guided(self, name: str) -> bool:
-        site, _ = self.plan.turn_of(name)
-        return self.plan.block_of(site) is not None or site in self.plan.left_to_model
+        return self.plan.block_of(name) is not None or self.plan.turn_of(name)[0] in self.plan.left_to_model
 
     def _is_within(self, block: Block, turn: dict[str, int]) -> bool:
         """Whether a turn of a loop is one of those that have data; what comes after has the model's own conditional."""

@@ -136,8 +136,9 @@ class AmortizationPlan:
         return found
 
     def block_of(self, site: str) -> Block | None:
-        """Returns the block that holds a site."""
-        return next((block for block in self.blocks if site in block.sites), None)
+        """Returns the block that holds a site; a site of a family, ``z_3``, is held under the family's name."""
+        name, _ = self.turn_of(site)
+        return next((block for block in self.blocks if name in block.sites), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data from which :meth:`from_dict` makes the plan again."""

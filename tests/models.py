@@ -21,6 +21,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 TOTAL = 40
+STEPS = 4
 TAU, SIGMA = 1.155, 2.43
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -40,6 +41,7 @@ class Case:
         own_subsample: Whether its plate draws rows of its own.
         vectorizable: Whether the model runs with particles to the left of its plates.
         hide: Arguments -> arguments that differ only in entries under a mask.
+        series: Families of latents, one site for each of ``STEPS`` turns of a loop; the others are as listed.
         sleeps: Whether an argument is the only observed site's values, so that a sleep phase can replace them.
         posterior: Arguments -> site -> exact mean and standard deviation.
         evidence: Arguments -> log p(data), in nats.
@@ -56,6 +58,7 @@ class Case:
     resizable: bool = True
     own_subsample: bool = False
     vectorizable: bool = True
+    series: tuple[str, ...] = ()
     sleeps: bool = False
     hide: Callable[..., tuple[Any, ...]] | None = None
     posterior: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None
@@ -602,6 +605,88 @@ def crossed(y, users, items, num_users):
         item = pyro.sample("item", dist.Normal(torch.tensor(0.0), 1.0))
     with pyro.plate("ratings", len(y)):
         pyro.sample("y", dist.Normal(user[..., users] + item[..., items], 1.0), obs=y)
+
+
+# Series.
+
+
+def steps(stem: str, *inputs: str, first: int = 0) -> dict[str, set[str]]:
+    """Says what informs the latents of a loop: what informs them all."""
+    return {f"{stem}_{t}": set(inputs) for t in range(first, first + STEPS)}
+
+
+@zoo(reals(STEPS), steps("z", "x"), tables=("theta",), series=("z_*",), closable=False)
+def chain(x):
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", len(x)):
+        z = theta
+        for t in pyro.markov(range(x.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+def padded_data(rows: Tensor) -> Arguments:
+    length = torch.arange(TOTAL)[rows] % STEPS + 1
+    return (base(1, STEPS)[rows], torch.arange(STEPS) < length[:, None]), {}
+
+
+@zoo(
+    padded_data,
+    {"b": {"x", "mask"}, **steps("z", "x", "mask", first=1)},
+    series=("z_*",),
+    closable=False,
+    vectorizable=False,
+    hide=lambda x, mask: (torch.where(mask, x, 99.0), mask),
+)
+def padded_chain(x, mask):
+    with pyro.plate("n", len(x)):
+        z = torch.zeros(len(x), 2)
+        b = pyro.sample("b", dist.Normal(torch.tensor(0.0), 1.0))
+        for t in pyro.markov(range(1, x.shape[1] + 1)):
+            here = mask[:, t - 1]
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0).mask(here[:, None]).to_event(1))
+            pyro.sample(f"x_{t}", dist.Normal(z.sum(-1) + b, 1.0).mask(here), obs=x[:, t - 1])
+
+
+@zoo(
+    lambda rows: ((base(1, STEPS)[rows], torch.arange(TOTAL)[rows] % STEPS + 1), {}),
+    {**steps("level", "y", "length"), **steps("rate", "y", "length")},
+    series=("level_*", "rate_*"),
+    closable=False,
+    hide=lambda y, length: (torch.where(torch.arange(STEPS) < length[:, None], y, 99.0), length),
+)
+def lengths(y, length):
+    with pyro.plate("n", len(y)):
+        level = torch.zeros(len(y))
+        for t in range(y.shape[1]):
+            with poutine.mask(mask=t < length):
+                rate = pyro.sample(f"rate_{t}", dist.LogNormal(torch.tensor(0.0), 0.5))
+                level = pyro.sample(f"level_{t}", dist.Normal(level, rate))
+                pyro.sample(f"y_{t}", dist.Normal(level, 1.0), obs=y[:, t])
+
+
+@zoo(
+    reals(STEPS, 2),
+    {"start": {"x"}, **steps("z", "x")},
+    plates={"start": ("n",)},
+    series=("z_*",),
+    closable=False,
+)
+def tones(x):
+    inner = pyro.plate("tones", x.shape[2], dim=-1)
+    with pyro.plate("n", len(x), dim=-2):
+        z = pyro.sample("start", dist.Normal(torch.tensor(0.0), 1.0))
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            with inner:
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+@zoo(reals(STEPS), {"e": {"x"}}, plates={"e": ("n", "time")}, closable=False)
+def random_walk(x):
+    with pyro.plate("n", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1):
+        e = pyro.sample("e", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(e.cumsum(-1), 1.0), obs=x)
 
 
 # Plates and globals.

@@ -23,15 +23,18 @@ def plan_of(name, rows=None):
 @cases
 def test_plans_of_the_zoo(name):
     case, plan = CASES[name], plan_of(name)
-    encoded = {site: set(block.inputs) for block in plan.blocks if block.amortized for site in block.sites}
-    assert encoded == case.amortized
+    encoded = {site for block in plan.blocks if block.amortized for site in block.sites}
+    assert encoded == {plan.turn_of(site)[0] for site in case.amortized}
+    assert {site: set(plan.block_of(site).inputs) for site in case.amortized} == case.amortized
     assert tuple(site for block in plan.blocks if not block.amortized for site in block.sites) == case.tables
     assert plan.left_to_model == case.left
     assert plan.verdict.closable is case.closable
     assert plan.verdict.reason
     for block in plan.blocks:
-        assert block.closable is (case.closable if block.amortized else None)
-        assert block.plates == case.plates.get(block.sites[0], ("n",) if block.amortized else ())
+        in_series = set(block.sites) <= set(case.series)
+        assert block.closable is (None if not block.amortized else case.closable or bool(case.series) > in_series)
+        plates = case.plates.get(block.sites[0], ("n",) if block.amortized else ())
+        assert block.plates == ((*plates, "steps") if in_series else plates)
         assert block.dim == sum(block.dims)
 
 
@@ -46,7 +49,7 @@ def test_plans_survive_being_written_as_plain_data(name, tmp_path):
 def test_plans_print_every_site_once(name):
     case, text = CASES[name], str(plan_of(name))
     for site in case.latents:
-        assert site in text
+        assert plan_of(name).turn_of(site)[0] in text
     header, *rows = text.splitlines()
     assert header.split() == ["block", "sites", "plates", "dim", "parameters", "from", "features", "closable"]
     assert rows[-1].startswith("closable: ")
