@@ -91,21 +91,23 @@ class LatentProbes:
         return frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
 
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
-        """Replaces a latent, whole and by half; returns its children, and along which plates it couples."""
+        """Replaces a latent, whole and by halves; returns its children, and along which plates it couples."""
         torch.manual_seed(1)
         fresh = generic_value(self.probes.factors[name])
         children = self._moved_by(name, {name: fresh})
-        chosen = {plate.name: _half(plate.size) for plate in plates}
-        moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
-        if moved is None:
-            return frozenset(self.probes.factors) - {name}, frozenset(plate.name for plate in plates)
+        half = {plate.name: _half(plate.size) for plate in plates}
         couples = set()
+        for chosen in (half, {plate: ~rows for plate, rows in half.items()}):  # a chain couples later rows to earlier
+            moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
+            if moved is None:
+                return frozenset(self.probes.factors) - {name}, frozenset(plate.name for plate in plates)
+            for plate in plates:
+                inside = [n for n in children | {name} if plate in self.probes.frames(n)]
+                spared = ~chosen[plate.name]
+                if plate.size > 1 and any(bool(self.probes.rows(moved, n, plate)[spared].any()) for n in inside):
+                    couples.add(plate.name)
         for plate in plates:
-            inside = [n for n in children | {name} if plate in self.probes.frames(n)]
-            spared = ~chosen[plate.name]
-            if plate.size > 1 and any(bool(self.probes.rows(moved, n, plate)[spared].any()) for n in inside):
-                couples.add(plate.name)
-            outside = children - set(inside)
+            outside = {n for n in children if plate not in self.probes.frames(n)}
             if outside and not self._find_links(name, fresh, plate, outside):
                 couples.add(plate.name)
         return children, frozenset(couples)
