@@ -196,7 +196,8 @@ class AutoAmortized(AutoGuide):
             blocks.append(block)
         self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
         trace = self._start(args, kwargs)
-        run.learn_exit({name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)})
+        latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
+        run.learn_exit(latents - set(plan.enumerated))
         self._versions = [p._version for p in self.parameters()]
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior, prior_median
 from pyro_amortize.reading import Reader, Reading
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import dressed, is_improper, unconstrained_shape, without_masks
+from pyro_amortize.supports import dressed, is_enumerated, is_improper, unconstrained_shape, without_masks
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -149,10 +149,13 @@ class GuidedRun(Messenger):
         block = self.plan.block_of(name)
         if block is None:
             if name in self.plan.left_to_model:
+                msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out
                 if self.answering:
                     msg["value"] = prior_median(msg["fn"])
                 return
             msg["stop"] = True
+            if is_enumerated(msg):  # its value says nothing but shapes
+                return
             if name not in self.plan.observed and name not in self.plan.foreign:
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "

@@ -85,6 +85,7 @@ class AmortizationPlan:
             only a run of the model tells.
         foreign: Latents that the model hides from the guide, for another to sample.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
+        enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
     """
 
     blocks: tuple[Block, ...]
@@ -96,6 +97,7 @@ class AmortizationPlan:
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    enumerated: tuple[str, ...] = ()
 
     @property
     def pooled(self) -> dict[str, str]:
@@ -157,6 +159,8 @@ class AmortizationPlan:
         ]
         if self.left_to_model:
             lines.append(f"left to the model: {', '.join(self.left_to_model)}")
+        if self.enumerated:
+            lines.append(f"summed out: {', '.join(self.enumerated)}")
         lines.append(f"closable: {self.verdict.closable} ({self.verdict.reason})")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -76,6 +76,12 @@ def without_masks(fn: Any) -> Any:
     return fn
 
 
+def is_enumerated(site: Any) -> bool:
+    """Tells whether a discrete latent is marked to be summed out, as ``TraceEnum_ELBO`` does in a model."""
+    marked = not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+    return bool(marked and getattr(site["fn"], "has_enumerate_support", False))
+
+
 def generic_value(msg: Any) -> Tensor:
     """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]

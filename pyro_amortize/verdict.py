@@ -49,7 +49,8 @@ class Judge:
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
         plates |= {plate for level in levels for plate in level.plates}
-        coupled = self._coupled(together, informing, self.by_function(sites[0])) or self._crossed(together)
+        coupled = self._summed_over_rows(together) or self._coupled(together, informing, self.by_function(sites[0]))
+        coupled = coupled or self._crossed(together)
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
@@ -70,6 +71,20 @@ class Judge:
             True,
             f"rows of '{'/'.join(outer)}' are independent given the globals, and the encoder sees all of a row's data",
         )
+
+    def _summed_over_rows(self, together: dict[str, Site]) -> Verdict | None:
+        """Finds a latent that is summed out for several rows at once."""
+        local = [site for site in together.values() if site.plates and not site.enumerated]
+        for site in together.values():
+            for other in local if site.enumerated else ():
+                if not set(other.plates) & set(site.plates):
+                    return Verdict(
+                        False,
+                        f"'{site.name}' is summed out, and stands outside plate '{other.plates[0]}' of '{other.name}', "
+                        f"so a row's posterior needs all rows' data",
+                        factorizes=False,
+                    )
+        return None
 
     def _coupled(self, together: dict[str, Site], informing: list[Source], by_function: bool) -> Verdict | None:
         """Finds elements of one plate whose posteriors need each other's data."""
@@ -178,12 +193,12 @@ def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
 
 
 def related_to(latents: dict[str, Site], facts: Structure) -> set[str]:
-    """The latents and the sites whose densities depend on them, also through discrete latents of another guide."""
+    """The latents and the sites whose densities depend on them, also through discrete latents that none of them is."""
     found, front = set(latents), set().union(*(site.children for site in latents.values()))
     while front:
         name = front.pop()
         site = facts.sites[name]
-        if name not in found and site.foreign and site.fixed:
+        if name not in found and site.fixed and (site.foreign or site.enumerated):
             front |= site.children - found
         found.add(name)
     return found
