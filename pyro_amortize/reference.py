@@ -185,6 +185,8 @@ def run_mcmc(
 ) -> MCMCFit:
     """Draws from the posterior by NUTS, chain after chain. The model's own parameters are held.
 
+    Discrete latents that the model marks for enumeration are summed out.
+
     Args:
         model: A Pyro model.
         args: Its positional arguments.
@@ -215,7 +217,7 @@ def run_mcmc(
     with preserved(model, evaluating=True):
         pyro.util.set_rng_state(state)
         conditioned = poutine.condition(model, data=dict(given or {}))
-        _refuse_subsampling(conditioned, args, kwargs)
+        nesting = _plate_nesting(conditioned, args, kwargs)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         for chain in range(num_chains):
@@ -223,7 +225,10 @@ def run_mcmc(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
                 mcmc = MCMC(
-                    NUTS(conditioned), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=not progress
+                    NUTS(conditioned, max_plate_nesting=nesting),
+                    num_samples=num_samples,
+                    warmup_steps=warmup_steps,
+                    disable_progbar=not progress,
                 )
                 mcmc.run(*args, **kwargs)
             chains.append({name: value.detach() for name, value in mcmc.get_samples().items()})
@@ -332,7 +337,8 @@ def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _plate_nesting(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Returns the depth of a model's plates; refuses those that subsample."""
     with poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, site in trace.nodes.items():
@@ -343,3 +349,5 @@ def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, A
                     f"{int(frame.full_size)} elements; NUTS needs all. Call the model so that the plate does not "
                     f"subsample: pyro.plate({frame.name!r}, {int(frame.full_size)})."
                 )
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    return max((-plate.dim for plate in plates_of(sites).values()), default=0)
