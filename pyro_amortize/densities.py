@@ -143,10 +143,12 @@ def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwarg
         _Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
 
 
-def enumerated_sites(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the latents that are summed out: those that the model marks for it, and the guide does not sample."""
+def enumerated_sites(
+    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Returns the latents that are summed out, marked for it and not sampled by the guide, and the plates of each."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
-        return tuple(_Evaluation(model, guide, args, kwargs).enumerated)
+        return _Evaluation(model, guide, args, kwargs).enumerated
 
 
 def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -173,7 +175,11 @@ class _Evaluation:
         self.guided = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         latents = [site for _, site in replayed.iter_stochastic_nodes() if not site_is_subsample(site)]
         self.latents = [site for site in latents if site["name"] in self.guided]
-        self.enumerated = [site["name"] for site in latents if site["name"] not in self.guided]
+        self.enumerated = {
+            site["name"]: tuple(frame.name for frame in site["cond_indep_stack"])
+            for site in latents
+            if site["name"] not in self.guided
+        }
         for site in latents:
             if site["name"] in self.enumerated and not is_enumerated(site):
                 raise ValueError(

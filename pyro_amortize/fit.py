@@ -168,7 +168,7 @@ def train(
     with seeded(options.seed):
         if isinstance(guide, AutoAmortized) and guide.plan is None:
             guide.initialize(*args, **kwargs)
-        enumerated = enumerated_sites(model, guide, args, kwargs)
+        enumerated = tuple(enumerated_sites(model, guide, args, kwargs))
         batches = _Batches(model, guide, args, kwargs, options, enumerated)
         steps = _Steps(model, guide, options, held, train_model, enumerated)
         losses = []
