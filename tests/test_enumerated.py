@@ -282,9 +282,8 @@ def test_density_of_draws(name):
 
 def mixture_guide(posterior):
     def guide(x, *_):
-        with pyro.plate("data", len(x)):
-            with poutine.block():
-                pyro.sample("c", dist.Categorical(tensor(WEIGHTS)))  # takes the same random numbers
+        with poutine.block(hide=["c"]), pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(tensor(WEIGHTS)))  # takes the same random numbers
             pyro.sample("z", dist.Normal(posterior.mean["z"], posterior.stddev["z"]))
 
     return guide
@@ -300,16 +299,15 @@ def series_guide(posterior):
 
 def nested_guide(posterior):
     def guide(y):
-        with pyro.plate("groups", y.shape[0], dim=-2):
-            with poutine.block():
-                pyro.sample("c", dist.Bernoulli(tensor(0.4)))
+        with poutine.block(hide=["c"]), pyro.plate("groups", y.shape[0], dim=-2):
+            pyro.sample("c", dist.Bernoulli(tensor(0.4)))
             with pyro.plate("members", y.shape[1], dim=-1):
                 pyro.sample("z", dist.Normal(posterior.mean["z"], posterior.stddev["z"]))
 
     return guide
 
 
-BY_HAND = {"mixture": mixture_guide, "hmm": series_guide, "padded": series_guide, "nested": nested_guide}
+BY_HAND = {"mixture": mixture_guide, "hmm": series_guide, "nested": nested_guide}
 LOSSES = {
     "guessed": {},
     "nesting": {"max_plate_nesting": 2},
@@ -328,6 +326,14 @@ def test_elbo_is_that_of_a_guide_by_hand(name, loss):
         pyro.set_rng_seed(3)
         losses.append(TraceEnum_ELBO(**LOSSES[loss]).loss(model, candidate, *args))
     assert losses[0] == pytest.approx(losses[1], abs=1e-8)
+
+
+@joints
+def test_elbo_is_pyros(name):
+    model, guide, args, _, _ = guide_of(name)
+    ours = log_densities(model, guide, args, {}, num_draws=2000).log_ratio
+    elbo = TraceEnum_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=2)
+    assert abs(ours.mean() + elbo.loss(model, guide, *args)) < 4 * ours.std() * math.sqrt(2 / 2000)
 
 
 @joints
@@ -370,6 +376,7 @@ def test_early_exit_does_not_wait():
             pyro.sample("x", dist.Normal(z + tensor(CENTRES)[c], 1.0), obs=x)
 
     guide = initialized(model, X)
+    guide.median(X)  # in eval mode: a kind of call that runs to the end once
     lines.clear()
     guide.median(X)
     guide(X)
@@ -501,8 +508,8 @@ def test_a_plate_that_subsamples_itself():
     full = log_densities(mixture, whole, (X,), {}, plate="data", num_draws=3000).log_ratio
     se = (rows.var(0) + full.var(0)).sqrt() / math.sqrt(3000)
     assert ((rows.mean(0) - full.mean(0)).abs() < 4 * se).all()
-    losses = torch.tensor([TraceEnum_ELBO(max_plate_nesting=1).loss(subsampled, guide, X) for _ in range(1500)])
-    assert abs(-losses.mean() - full.sum(-1).mean()) < 4 * losses.std() / math.sqrt(1500)
+    losses = torch.tensor([TraceEnum_ELBO(max_plate_nesting=1).loss(subsampled, guide, X) for _ in range(500)])
+    assert abs(-losses.mean() - full.sum(-1).mean()) < 4 * losses.std() / math.sqrt(500)
     posterior = guide.posterior(X)
     draws = posterior.sample((6000,))
     error = draws["c"] - mixture_parts(draws["z"]).softmax(-1)[..., 1]
@@ -510,14 +517,10 @@ def test_a_plate_that_subsamples_itself():
 
 
 def test_minibatches():
-    def slow(x):
-        with pyro.plate("data", 40):
-            mixture_rows(x)
-
     x = drawn(40, seed=7)
-    fit = fit_svi(mixture, AutoAmortizedNormal(mixture), x, batch_size=10, num_steps=1500, seed=0, progress=False)
+    fit = fit_svi(mixture, AutoAmortizedNormal(mixture), x, batch_size=10, num_steps=600, seed=0, progress=False)
     exact = mixture_evidence(x).sum()
-    assert exact - 2 < fit.elbo < exact + 3 * fit.elbo_se
+    assert exact - 4 < fit.elbo < exact + 3 * fit.elbo_se
 
 
 # Draws of what was summed out.
@@ -525,6 +528,12 @@ def test_minibatches():
 
 def within(error, num_draws):
     return bool((error.mean(0).abs() < 4.5 * error.std(0) / math.sqrt(num_draws) + 1e-9).all())
+
+
+def as_likely(chosen, prob):
+    """Whether a choice was made as often as its probabilities say, draws first; no rarer than normals can tell."""
+    se = (prob * (1 - prob)).mean(0).sqrt() / math.sqrt(len(prob))
+    return bool(((chosen.double() - prob).mean(0).abs() < 4.5 * se + 5 / len(prob)).all())
 
 
 class TestDraws:
@@ -544,12 +553,12 @@ class TestDraws:
 
     def test_predictive(self):
         guide = initialized(mixture, X)
-        draws = guide.predictive(X, num_samples=1500)
-        assert all(draws[name].shape == (1500, 8) for name in ("c", "z", "x"))
+        draws = guide.predictive(X, num_samples=500)
+        assert all(draws[name].shape == (500, 8) for name in ("c", "z", "x"))
         error = draws["c"] - mixture_parts(draws["z"]).softmax(-1)[..., 1]
-        assert within(error, 1500)
-        assert within(error * draws["z"], 1500)
-        assert within(draws["x"] - draws["z"], 1500)
+        assert within(error, 500)
+        assert within(error * draws["z"], 500)
+        assert within(draws["x"] - draws["z"], 500)
         assert set(guide.predictive(X, num_samples=3, parallel=True)) == {"c", "z", "x"}
 
     def test_chains_are_drawn_jointly(self):
@@ -566,13 +575,13 @@ class TestDraws:
             scores.append(score)
         probs = torch.stack(scores).softmax(0)
         for path, prob in zip(paths, probs, strict=True):
-            assert within((chosen == torch.tensor(path)).all(-1).double() - prob, 4000)
+            assert as_likely((chosen == torch.tensor(path)).all(-1), prob)
 
     def test_groups(self):
         draws = initialized(nested, SERIES).posterior(SERIES).sample((4000,))
         assert draws["c"].shape == (4000, 6, 1)
         parts = [math.log(p) + normal(draws["z"], 2.0 * k).sum(-1) for k, p in enumerate((0.6, 0.4))]
-        assert within(draws["c"][..., 0] - torch.stack(parts).softmax(0)[1], 4000)
+        assert as_likely(draws["c"][..., 0], torch.stack(parts).softmax(0)[1])
 
     def test_vectors_of_zeros_and_a_one(self):
         def model(x):
@@ -601,7 +610,7 @@ class TestDraws:
         assert vectorizing(model, guide, (X,), {}) is None
         draws = guide.posterior(X).sample((400,))
         parts = [math.log(w) + normal(X, draws["z"] + mu, NOISE) for w, mu in zip(WEIGHTS, CENTRES, strict=True)]
-        assert within(draws["c"] - torch.stack(parts).softmax(0)[1], 400)
+        assert as_likely(draws["c"], torch.stack(parts).softmax(0)[1])
 
     def test_seeds(self):
         posterior = initialized(mixture, X).posterior(X)
