@@ -243,7 +243,8 @@ class AutoAmortized(AutoGuide):
         Args:
             args: The model's positional arguments.
             num_samples: Number of draws.
-            parallel: Whether to draw in one run of the model; see Pyro's ``Predictive``. Not where sites are summed out.
+            parallel: Whether to draw in one run of the model; see Pyro's ``Predictive``. Where sites are summed out,
+                draws have a run each all the same.
             model_kwargs: The model's keyword arguments.
 
         Returns:

@@ -303,8 +303,8 @@ class _Planner:
             above = [other for other in facts.latents if other.enumerated and site.name in other.children]
             if above and site.fixed and not (site.discrete or site.foreign):
                 raise NotImplementedError(
-                    f"plan_amortization: site '{site.name}' is a Delta whose value depends on '{above[0].name}', which is "
-                    f"summed out, so a guide cannot sample it. Write pyro.deterministic('{site.name}', ...) instead."
+                    f"plan_amortization: site '{site.name}' is a Delta whose value depends on '{above[0].name}', which "
+                    f"is summed out, so a guide cannot sample it. Write pyro.deterministic('{site.name}', ...) instead."
                 )
 
     def _refuse_unknown_rows(self, site: Site) -> None:
