@@ -16,10 +16,10 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Model
+from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
-
-CHUNK = 2**22
+from pyro_amortize.supports import is_enumerated
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Densities:
     """Log densities, in nats, of draws from a guide.
 
     Attributes:
-        log_p: log p(data, latents): shape (draws, rows) if per datum of a plate, else (draws,).
+        log_p: log p(data, latents): shape (draws, rows) if per datum of a plate, else (draws,). Discrete latents that
+            the model marks for enumeration are summed out, unless the guide samples them.
         log_q: log q(latents), of the same shape.
     """
 
@@ -142,6 +143,14 @@ def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwarg
         _Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
 
 
+def enumerated_sites(
+    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Returns the latents that are summed out, marked for it and not sampled by the guide, and the plates of each."""
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        return _Evaluation(model, guide, args, kwargs).enumerated
+
+
 def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Returns the depth of the model's plates if draws made in one run are what a run each gives, else None."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
@@ -164,9 +173,15 @@ class _Evaluation:
             if site["type"] == "sample" and not site_is_subsample(site)
         }
         self.guided = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-        self.latents = [site for name, site in replayed.iter_stochastic_nodes() if not site_is_subsample(site)]
-        for site in self.latents:
-            if site["name"] not in self.guided:
+        latents = [site for _, site in replayed.iter_stochastic_nodes() if not site_is_subsample(site)]
+        self.latents = [site for site in latents if site["name"] in self.guided]
+        self.enumerated = {
+            site["name"]: tuple(frame.name for frame in site["cond_indep_stack"])
+            for site in latents
+            if site["name"] not in self.guided
+        }
+        for site in latents:
+            if site["name"] in self.enumerated and not is_enumerated(site):
                 raise ValueError(
                     f"log_densities: the guide does not sample '{site['name']}', a latent of the model, so it has no "
                     f"ELBO. Add pyro.sample('{site['name']}', ...) to the guide."
@@ -175,6 +190,9 @@ class _Evaluation:
         self.frames = plates_of(sites)
         self.nesting = max((-frame.dim for frame in self.frames.values()), default=0)
         self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
+        if self.enumerated:
+            replayed = poutine.trace(poutine.replay(self._model(None), trace=trace)).get_trace(*args, **kwargs)
+            self.size = max(self.size, num_values(prune_subsample_sites(replayed)))
         self.vectorized: bool | None = None
 
     def refuse_other_plates(self, plate: str) -> None:
@@ -201,18 +219,21 @@ class _Evaluation:
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
 
+    def _model(self, count: int | None, data: dict[str, Tensor] | None = None) -> Model:
+        """The model for several draws at once, with latents held where data say so."""
+        model = poutine.condition(self.model, data=data) if data else self.model
+        run = enumerating if self.enumerated else side_by_side
+        return run(model, count, self.nesting)
+
     def _traces(self, count: int | None) -> tuple[poutine.Trace, poutine.Trace]:
-        guide, model = self.guide, self.model
-        if count is not None:
-            draws = pyro.plate("_draws", count, dim=-1 - self.nesting)
-            guide, model = draws(guide), draws(model)
+        guide, model = side_by_side(self.guide, count, self.nesting), self._model(count)
         guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.kwargs)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
     def _run(self, plate: str | None, count: int | None) -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = self._traces(count)
-        return self._sum(model_trace, plate, count), self._sum(guide_trace, plate, count)
+        return self._log_p(model_trace, plate, count), self._sum(guide_trace, plate, count)
 
     def at(self, values: dict[str, Tensor], plate: str) -> Tensor:
         vectorized = self.can_vectorize(plate)
@@ -222,35 +243,49 @@ class _Evaluation:
         for start in range(0, num_draws, chunk):
             part = {name: value[start : start + chunk] for name, value in values.items()}
             count = len(next(iter(part.values())))
-            model = self.model
             if vectorized:
-                model = pyro.plate("_draws", count, dim=-1 - self.nesting)(model)
                 lacking = {name: self.nesting - len(self.batches[name]) for name in part}
                 part = {n: v.reshape((count,) + (1,) * lacking[n] + v.shape[1:]) for n, v in part.items()}
             else:
                 part = {name: value[0] for name, value in part.items()}
-            trace = poutine.trace(poutine.condition(model, data=part)).get_trace(*self.args, **self.kwargs)
+            model = self._model(count if vectorized else None, part)
+            trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
             for name, _ in list(trace.iter_stochastic_nodes()):
-                trace.remove_node(name)
-            pieces.append(self._sum(trace, plate, count if vectorized else None))
+                if name not in self.enumerated:
+                    trace.remove_node(name)
+            pieces.append(self._log_p(trace, plate, count if vectorized else None))
         return torch.cat(pieces)
+
+    def _log_p(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
+        """Sums the log densities of the model's sites as :meth:`_sum` does, enumerated ones summed out."""
+        if not self.enumerated:
+            return self._sum(trace, plate, count)
+        counted = poutine.Trace()
+        for name, site in trace.nodes.items():
+            if _counts(site, plate):
+                counted.add_node(name, **{**site, "scale": _scale(site, plate)})
+        sizes = {} if count is None else {DRAWS: count}
+        if plate is not None:
+            sizes[plate] = self.frames[plate].size
+        try:
+            total = summed_out(counted, sizes)
+        except Tied:
+            outside = [name for name in self.enumerated if name not in counted.nodes]
+            raise ValueError(
+                f"log_densities: site '{outside[0]}' is summed out, and stands outside plate '{plate}', whose elements "
+                f"therefore have no density each. Ask for totals, or sample '{outside[0]}' in the guide."
+            ) from None
+        return total if count is not None else total[None]
 
     def _sum(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
         """Sums the log densities of a trace's sites to shape (draws,) or (draws, rows)."""
         total = torch.zeros(())
         rows = self.frames[plate].size if plate is not None else None
         for site in trace.nodes.values():
-            if site["type"] != "sample" or site["infer"].get("_deterministic") or site["infer"].get("_do_not_trace"):
+            if not _counts(site, plate):
                 continue
-            frames = {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
-            if plate is not None and plate not in frames:
-                continue
-            scale = site["scale"]
-            if plate is not None:
-                for name, frame in frames.items():
-                    scale = scale * int(frame.size) / int(frame.full_size or frame.size) if name != "_draws" else scale
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            log_prob = torch.as_tensor(scale_and_mask(log_prob, scale, site["mask"]))
+            log_prob = torch.as_tensor(scale_and_mask(log_prob, _scale(site, plate), site["mask"]))
             total = total.to(log_prob.device) + self._reduce(log_prob, site, plate, count)
         shape = (count or 1,) if rows is None else (count or 1, rows)
         return total.expand(shape)
@@ -270,19 +305,36 @@ class _Evaluation:
         """Tries whether two draws in one run have the densities that they have in a run each."""
         try:
             model_trace, guide_trace = self._traces(2)
-            together, log_q = self._sum(model_trace, plate, 2), self._sum(guide_trace, plate, 2)
+            together, log_q = self._log_p(model_trace, plate, 2), self._sum(guide_trace, plate, 2)
             for k in range(2):
                 values = {}
                 for name, site in guide_trace.nodes.items():
                     if site["type"] == "sample" and not site["is_observed"]:
                         full = (2, *site["value"].shape[1:])
                         values[name] = site["value"].expand(full)[k].reshape(self.shapes[name])
-                alone = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.args, **self.kwargs)
+                alone = poutine.trace(self._model(None, values)).get_trace(*self.args, **self.kwargs)
                 guided = poutine.trace(poutine.condition(self.guide, data=values)).get_trace(*self.args, **self.kwargs)
-                for side_by_side, trace in ((together, alone), (log_q, guided)):
-                    one = self._sum(prune_subsample_sites(trace), plate, None)[0]
-                    if not torch.allclose(side_by_side[k], one, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
+                one = self._log_p(prune_subsample_sites(alone), plate, None)[0]
+                one_q = self._sum(prune_subsample_sites(guided), plate, None)[0]
+                for many, single in ((together[k], one), (log_q[k], one_q)):
+                    if not torch.allclose(many, single, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
                         return False
         except (ValueError, RuntimeError, IndexError, KeyError):
             return False
         return True
+
+
+def _counts(site: Any, plate: str | None) -> bool:
+    """Whether a site's density counts: in a plate, if one is asked for."""
+    if site["type"] != "sample" or site["infer"].get("_deterministic") or site["infer"].get("_do_not_trace"):
+        return False
+    return plate is None or any(frame.vectorized and frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def _scale(site: Any, plate: str | None) -> Any:
+    """The scale of a site's density; per datum, without that of subsampling."""
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"] if plate is not None else ():
+        if frame.vectorized and frame.name != DRAWS:
+            scale = scale * int(frame.size) / int(frame.full_size or frame.size)
+    return scale

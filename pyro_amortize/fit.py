@@ -13,12 +13,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import log_densities, refuse_other_plates
+from pyro_amortize.densities import enumerated_sites, log_densities, refuse_other_plates
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
 from pyro_amortize.parameters import Preserved
@@ -90,7 +90,8 @@ def fit_svi(
 
     Other Arguments:
         optim: Makes a torch optimizer from a list of parameters; ``Adam(lr)`` by default.
-        loss: A Pyro ELBO, or a function as ``SVI`` takes. By default ``TraceMeanField_ELBO`` for generated guides,
+        loss: A Pyro ELBO, or a function as ``SVI`` takes. By default ``TraceEnum_ELBO`` where the model marks discrete
+            latents for enumeration that the guide does not sample; else ``TraceMeanField_ELBO`` for generated guides,
             whose KL divergence is analytic where it can be, and ``Trace_ELBO`` for others.
         num_particles: Draws a step, of the default loss.
         seed: Of this fit; the global random state is then left alone.
@@ -167,8 +168,9 @@ def train(
     with seeded(options.seed):
         if isinstance(guide, AutoAmortized) and guide.plan is None:
             guide.initialize(*args, **kwargs)
-        batches = _Batches(model, guide, args, kwargs, options)
-        steps = _Steps(model, guide, options, held, train_model)
+        enumerated = tuple(enumerated_sites(model, guide, args, kwargs))
+        batches = _Batches(model, guide, args, kwargs, options, enumerated)
+        steps = _Steps(model, guide, options, held, train_model, enumerated)
         losses = []
         bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
         for step in bar:
@@ -215,10 +217,18 @@ def guide_parameters(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
 class _Steps:
     """The optimizer's steps, and what is put back when one goes wrong."""
 
-    def __init__(self, model: Model, guide: Model, options: Options, held: Preserved | None, train_model: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        guide: Model,
+        options: Options,
+        held: Preserved | None,
+        train_model: bool,
+        enumerated: tuple[str, ...],
+    ) -> None:
         self.model, self.guide, self.options, self.held = model, guide, options, held
         self.train_model = train_model
-        self.loss = options.loss or _default_loss(guide, options)
+        self.loss = options.loss or _default_loss(guide, options, enumerated)
         self.parameters: dict[int, Tensor] = {}
         self.last_good: dict[int, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
@@ -324,11 +334,11 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
     return ""
 
 
-def _default_loss(guide: Model, options: Options) -> Any:
+def _default_loss(guide: Model, options: Options, enumerated: tuple[str, ...]) -> Any:
     plan = guide.plan if isinstance(guide, AutoAmortized) else None
     # TraceMeanField_ELBO takes the prior of what the guide leaves out for missing, and that under a mask for there.
     analytic = plan is not None and not plan.left_to_model and not plan.unmasked
-    elbo = TraceMeanField_ELBO if analytic else Trace_ELBO
+    elbo = TraceEnum_ELBO if enumerated else TraceMeanField_ELBO if analytic else Trace_ELBO
     if options.max_plate_nesting is None:
         return elbo(num_particles=options.num_particles)
     return elbo(options.num_particles, max_plate_nesting=options.max_plate_nesting, vectorize_particles=True)
@@ -337,10 +347,18 @@ def _default_loss(guide: Model, options: Options) -> Any:
 class _Batches:
     """The rows of each step: all of them, or the next ones of a random order."""
 
-    def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options):
+    def __init__(
+        self,
+        model: Model,
+        guide: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        enumerated: tuple[str, ...],
+    ) -> None:
         self.guide, self.args, self.kwargs = guide, args, kwargs
         self.size = options.batch_size
-        self.way = _minibatches(model, guide, args, kwargs, options)
+        self.way = _minibatches(model, guide, args, kwargs, options, enumerated)
         if self.way is not None:
             refuse_other_plates(model, guide, args, kwargs, self.way.plate.name)
         self.order = torch.empty(0, dtype=torch.long)
@@ -365,12 +383,17 @@ class _Batches:
 
 
 def _minibatches(
-    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    enumerated: tuple[str, ...],
 ) -> Minibatches | None:
     if options.batch_size is None:
         return None
     plan = guide.plan if isinstance(guide, AutoAmortized) else None
-    batches = exact_minibatches(model, args, kwargs, plan.pooled if plan is not None else None)
+    batches = exact_minibatches(model, args, kwargs, plan.pooled if plan is not None else None, enumerated)
     if isinstance(batches, str):
         if batches != SUBSAMPLES_ITSELF:
             warnings.warn(

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_amortize import plots
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import log_densities, vectorizing
+from pyro_amortize.densities import enumerated_sites, log_densities, vectorizing
 from pyro_amortize.encoders import Constant
 from pyro_amortize.evidence import GOOD_ENOUGH, Evidence, estimate_evidence, robust_evidence, standard_error
 from pyro_amortize.fit import Options, SVIFit, seeded, train
@@ -150,7 +150,9 @@ def amortization_gap(
     plan = plan_amortization(model, *args, **kwargs)
     sites = local_sites(plan)
     amortized = [block for block in plan.blocks if block.amortized]
-    plate = min((block.plates for block in amortized), key=len)[0]
+    outer = min((block.plates for block in amortized), key=len)
+    around = enumerated_sites(model, guide, args, kwargs).values()
+    plate = next((name for name in outer if all(name in plates for plates in around)), outer[0])
     held = held_globals(model, guide, args, kwargs, plan, given)
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
     warnings: list[str] = []

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -45,6 +46,7 @@ from pyro_amortize.encoders import (
     on_rows,
     width_of,
 )
+from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
 from pyro_amortize.handler import GuidedRun, Replicate, part_key
@@ -203,13 +205,15 @@ class AutoAmortized(AutoGuide):
             blocks.append(block)
         self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
         trace = self._start(args, kwargs)
-        run.learn_exit({name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)})
+        latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
+        run.learn_exit(latents - set(plan.enumerated))
         self._versions = [p._version for p in self.parameters()]
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns the posterior median of every latent for these data, shape of its site.
 
-        Sites that are left to the model are at their prior's median, given those of the latents above them.
+        Sites that are left to the model are at their prior's median, given those of the latents above them. Sites that
+        are summed out have none.
         """
         return self._answer("median", args, kwargs).values
 
@@ -224,24 +228,30 @@ class AutoAmortized(AutoGuide):
 
         Runs in eval mode, without gradients, and leaves the model before its decoder. Where a site's support depends
         on another latent, it is taken at that latent's median; so is the prior of elements without data, whose draws
-        are joint with those of the latents above them in :meth:`predictive` only.
+        are joint with those of the latents above them in :meth:`predictive` only. Draws of it hold the sites that are
+        summed out too, given the other draws and the data.
 
         Raises:
             RuntimeError: The guide has no parameters yet.
             ValueError: Data are missing, do not fit, or new rows are asked of a table.
         """
         run = self._answer("posterior", args, kwargs)
-        return Posterior(run.found, run.plates)
+        if not run.plan.enumerated:
+            return Posterior(run.found, run.plates)
+        return Posterior(run.found, run.plates, partial(self._discrete, args, kwargs, dict(run.reader.indices)))
 
     def predictive(
         self, *args: Any, num_samples: int = 1000, parallel: bool = False, model_kwargs: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Draws latents from the guide, and replicated observations for the same rows from the model.
 
+        Sites that are summed out are drawn between the two, jointly: given the other latents and the data.
+
         Args:
             args: The model's positional arguments.
             num_samples: Number of draws.
-            parallel: Whether to draw in one run of the model; see Pyro's ``Predictive``.
+            parallel: Whether to draw in one run of the model; see Pyro's ``Predictive``. Where sites are summed out,
+                draws have a run each all the same.
             model_kwargs: The model's keyword arguments.
 
         Returns:
@@ -253,16 +263,42 @@ class AutoAmortized(AutoGuide):
 
         def draw() -> dict[str, Tensor]:
             guided = poutine.trace(self).get_trace(*args, **kwargs)
-            trace = poutine.trace(poutine.replay(replicate, trace=guided)).get_trace(*args, **kwargs)
+            data = self._discrete_beside(guided, args, kwargs)
+            model = poutine.replay(poutine.condition(replicate, data=data) if data else replicate, trace=guided)
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
             return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
 
         with _evaluating(self.model, self), torch.no_grad(), poutine.block():
             first = draw()
-            if parallel:
+            if parallel and not self.plan.enumerated:  # type: ignore[union-attr]
                 together = Predictive(replicate, guide=self, num_samples=num_samples, parallel=True)(*args, **kwargs)
                 return {name: together[name].reshape((num_samples, *value.shape)) for name, value in first.items()}
             draws = [first] + [draw() for _ in range(num_samples - 1)]
         return {name: torch.stack([values[name] for values in draws]) for name in first}
+
+    def _discrete_beside(
+        self, guided: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Draws the sites that are summed out, given a run of the guide."""
+        if not self.plan.enumerated:  # type: ignore[union-attr]
+            return {}
+        latents = {name: site["value"] for name, site in guided.iter_stochastic_nodes()}
+        indices = {name: latents.pop(name) for name in list(latents) if site_is_subsample(guided.nodes[name])}
+        draws = {name: value[None] for name, value in latents.items()}
+        return {name: value[0] for name, value in self._discrete(args, kwargs, indices, draws, 1).items()}
+
+    def _discrete(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: dict[str, Any],
+        draws: dict[str, Tensor],
+        count: int,
+    ) -> dict[str, Tensor]:
+        """Draws the sites that are summed out, given draws of the other latents."""
+        found = draw_enumerated(self.model, args, kwargs, draws, indices, count)
+        left = self.plan.left_to_model  # type: ignore[union-attr]
+        return {name: value for name, value in found.items() if name not in left}
 
     # Saving.
 

@@ -25,7 +25,7 @@ from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import Posterior, prior_median
 from pyro_amortize.reading import Reader, Reading
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import dressed, is_improper, unconstrained_shape, without_masks
+from pyro_amortize.supports import dressed, is_enumerated, is_improper, unconstrained_shape, without_masks
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -152,6 +152,8 @@ class GuidedRun(Messenger):
         block = self.plan.block_of(name)
         if block is None and site not in self.plan.left_to_model:
             msg["stop"] = True
+            if is_enumerated(msg):  # its value says nothing but shapes
+                return
             if site not in self.plan.observed and site not in self.plan.foreign:
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
@@ -160,6 +162,7 @@ class GuidedRun(Messenger):
             return
         parameters = self._block_parameters(block, msg) if block else None
         if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
+            msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out
             msg["value"] = prior_median(msg["fn"]) if self.answering else msg["value"]
             return
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_amortize.held import kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
-from pyro_amortize.supports import generic_value, is_delta, site_mask, unconstrained_shape
+from pyro_amortize.supports import generic_value, is_delta, is_enumerated, site_mask, unconstrained_shape
 
 
 class LatentProbes:
@@ -29,7 +29,7 @@ class LatentProbes:
         plates = self.probes.frames(name)
         names = tuple(plate.name for plate in plates)
         infer = site["infer"]
-        facts: dict[str, Any] = {"markov": "_markov_depth" in infer, "enumerated": infer.get("enumerate") is not None}
+        facts: dict[str, Any] = {"markov": "_markov_depth" in infer, "enumerated": is_enumerated(site)}
         facts["foreign"] = not site["is_observed"] and self.probes.hides(site)
         if site["is_observed"]:
             kind, categories = kind_of(site["fn"])
@@ -79,8 +79,14 @@ class LatentProbes:
         return bool(self._moved_by(name, {name: torch.where(mask, site["value"], generic_value(site))}))
 
     def _other(self, name: str) -> Tensor:
-        """Draws a discrete value that differs from the held one, if one turns up."""
+        """Returns a discrete value that differs from the held one: in every element, or drawn if one turns up."""
         site = self.probes.factors[name]
+        if is_enumerated(site):
+            support = site["fn"].enumerate_support()
+            same = support[-1] == site["value"]
+            for axis in range(len(site["fn"].event_shape)):
+                same = same.all(-1 - axis, keepdim=True)
+            return torch.where(same, support[0], support[-1])
         draws = (site["fn"].sample() for _ in range(20))
         return next((draw for draw in draws if not torch.equal(draw, site["value"])), site["value"])
 

@@ -74,7 +74,11 @@ class Minibatches:
 
 
 def exact_minibatches(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], pooled: Mapping[str, str] | None = None
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pooled: Mapping[str, str] | None = None,
+    enumerated: tuple[str, ...] = (),
 ) -> Minibatches | str:
     """Finds an exact way to minibatch a model: by the outermost plate around all its data.
 
@@ -83,6 +87,7 @@ def exact_minibatches(
         args: Its positional arguments, all data in them.
         kwargs: Its keyword arguments.
         pooled: Plates whose rows the guide pools, all of which it has to see, and the latent that it does so for.
+        enumerated: Latents that are summed out.
 
     Returns:
         The way, or the reason why there is none.
@@ -104,6 +109,10 @@ def exact_minibatches(
     plate = facts.plates[free[0]]
     if plate.size < 4:
         return f"plate '{plate.name}' has only {plate.size} elements"
+    outside = [name for name in enumerated if plate.name not in facts.sites[name].plates]
+    tied = [n for n in outside if any(plate.name in facts.sites[c].plates for c in facts.sites[n].children)]
+    if tied:
+        return f"'{tied[0]}' is summed out for all rows of plate '{plate.name}' together"
     call = Call(model, args, kwargs)
     slices = tuple(source for source in facts.sources if _may_slice(source, plate))
     tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]

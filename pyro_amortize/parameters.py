@@ -63,7 +63,7 @@ class Preserved:
 
 
 @contextmanager
-def preserved(*models: Any, evaluating: bool = False) -> Iterator[Preserved]:
+def preserved(*models: Any, evaluating: bool = False, random_state: bool = True) -> Iterator[Preserved]:
     """Runs a block after which random states, param store and modules are as before, bit for bit.
 
     The block sees the param store as it is (unlike ``param_store.scope()``, which starts empty).
@@ -71,6 +71,7 @@ def preserved(*models: Any, evaluating: bool = False) -> Iterator[Preserved]:
     Args:
         models: Modules to watch; others are met when they are called.
         evaluating: Whether modules run in eval mode inside the block.
+        random_state: Whether random states are put back; without, the block draws from them as any sampling does.
 
     Yields:
         The record, on which ``keep`` announces tensors that are about to be trained in place.
@@ -94,8 +95,9 @@ def preserved(*models: Any, evaluating: bool = False) -> Iterator[Preserved]:
         hook.remove()
         record.restore()
         store._params, store._param_to_name, store._constraints = stored
-        pyro.util.set_rng_state(rng)
-        if cuda_rng:
+        if random_state:
+            pyro.util.set_rng_state(rng)
+        if random_state and cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
 
 

@@ -99,6 +99,7 @@ class AmortizationPlan:
         families: Sites that are numbered by loops, ``z_0``, ``z_1``, ...; all else here names a family, ``z_*``.
         loops: The number of the first turn of each loop.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
+        enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
     """
 
     blocks: tuple[Block, ...]
@@ -110,6 +111,7 @@ class AmortizationPlan:
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    enumerated: tuple[str, ...] = ()
     families: tuple[Family, ...] = ()
     loops: dict[str, int] = field(default_factory=dict)
 
@@ -188,6 +190,8 @@ class AmortizationPlan:
         ]
         if self.left_to_model:
             lines.append(f"left to the model: {', '.join(self.left_to_model)}")
+        if self.enumerated:
+            lines.append(f"summed out: {', '.join(self.enumerated)}")
         lines.append(f"closable: {self.verdict.closable} ({self.verdict.reason})")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -34,8 +34,8 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
         The plan. ``print`` it.
 
     Raises:
-        ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent, or a numpy array.
-        NotImplementedError: The model has enumerated latents.
+        ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent that is not marked to
+            be enumerated in parallel, or a numpy array.
 
     Example:
         >>> def model(x):
@@ -84,7 +84,9 @@ class _Planner:
         self.facts, self.tables, self.apart, self.inputs, self.encoder = facts, tables, apart, inputs, encoder
         self.ways = Ways(facts)
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
-        self.latents = [site for site in facts.latents if site.name not in self.left]
+        informed = [site for site in facts.latents if site.name not in self.left]
+        self.latents = [site for site in informed if not site.enumerated]
+        self.enumerated = [site for site in informed if site.enumerated]
         self._refuse_discrete()
         self.masks = {
             site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
@@ -135,6 +137,7 @@ class _Planner:
             self.masks,
             tuple(site.name for site in self.latents if site.unmasked),
             tuple(site.name for site in self.facts.sites.values() if site.foreign),
+            tuple(site.name for site in self.enumerated),
             self.facts.families,
             {name: plate.first for name, plate in self.facts.plates.items() if plate.first is not None},
         )
@@ -142,7 +145,7 @@ class _Planner:
     # Which latents are local.
 
     def _is_left_to_model(self, site: Site) -> bool:
-        has_data = any(self.facts.sites[name].observed for name in self.facts.reaches(site.name))
+        has_data = any(self.facts.sites[name].observed for name in self.facts.informing(site.name))
         any_data = any(other.observed for other in self.facts.sites.values())
         return (site.fixed and not site.discrete) or (any_data and not has_data)
 
@@ -155,7 +158,7 @@ class _Planner:
             return False
         if isinstance(self.inputs, dict) and {site.name, *site.plates[-1:]} & set(self.inputs):
             return True
-        informed = {site.name} | self.facts.reaches(site.name)
+        informed = {site.name} | self.facts.informing(site.name)
         rows = [other for name in informed if (other := self.facts.sites[name]).observed]
         data: list[Site | Source] = [*rows, *(source for source in self.sources if source.reaches & informed)]
         return any(self.ways.covers(row.plates, site.plates) for row in data) and not self._is_partial(site, rows)
@@ -183,12 +186,15 @@ class _Planner:
         return False
 
     def _together(self, sites: list[Site]) -> dict[str, Site]:
-        """Returns the local latents whose posteriors depend on each other given the globals, those given among them."""
+        """Returns the local latents whose posteriors depend on each other given the globals, those given among them.
+
+        Latents that are summed out tie others together as any unknown does; global ones do, too.
+        """
         found = {site.name: site for site in sites}
         front = list(found.values())
         while front:
             site = front.pop()
-            for other in [*self.locals.values(), *self.others]:
+            for other in [*self.locals.values(), *self.others, *self.enumerated]:
                 near = site.name in other.children or other.name in site.children or site.children & other.children
                 if near and other.name not in found:
                     found[other.name] = other
@@ -203,7 +209,8 @@ class _Planner:
         related = related_to(together, self.facts)
         rows = [site for n in related if (site := self.facts.sites[n]).observed]
         found = [source for source in self.sources if source.reaches & related]
-        contexts = {frozenset(site.plates) for site in together.values()} - {frozenset(target)}
+        contexts = {frozenset(site.plates) for site in together.values() if site.plates or not site.enumerated}
+        contexts -= {frozenset(target)}
         coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
         chosen, complete = self._chosen(name, sites), True
         if callable(chosen):
@@ -281,6 +288,7 @@ class _Planner:
     def _block(
         self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None, reach: Reach | None
     ) -> Block:
+        names = tuple(site.name for site in sites)
         shapes = tuple(site.shape for site in sites)
         dims = tuple(math.prod(shape) for shape in shapes)
         levels = tuple(replace(level, width=sum(source.width for source in level.sources)) for level in levels)
@@ -289,7 +297,7 @@ class _Planner:
         chains = [plate for plate in sites[0].plates if self.facts.plates[plate].series]
         return Block(
             name=name,
-            sites=tuple(site.name for site in sites),
+            sites=names,
             plates=sites[0].plates,
             dim=sum(dims),
             inputs=tuple(inputs),
@@ -300,7 +308,7 @@ class _Planner:
             shapes=shapes,
             levels=levels,
             rows=math.prod(self.facts.plates[plate].full_size for plate in sites[0].plates),
-            exact_prior=coupled <= set(chains),
+            exact_prior=coupled <= set(chains) and not any(s.children.intersection(names) for s in self.enumerated),
             chain=next((plate for plate in chains if plate in coupled), None),
             reach=reach,
         )
@@ -315,16 +323,18 @@ class _Planner:
                 f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
             )
         for site in facts.sites.values():
-            if not site.observed and site.enumerated and site in self.latents:
-                raise NotImplementedError(
-                    f"plan_amortization: site '{site.name}' is enumerated; enumerated latents are not supported yet. "
-                    f"Hide it from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
-                )
             if not site.observed and site.discrete and site in self.latents:
                 raise ValueError(
                     f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
-                    f"variable as documented in https://pyro.ai/examples/enumeration.html , or hide it from the guide: "
+                    f"variable as documented in https://pyro.ai/examples/enumeration.html (in a model, in parallel: "
+                    f"infer={{'enumerate': 'parallel'}}), or hide it from the guide: "
                     f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+            above = [other for other in facts.latents if other.enumerated and site.name in other.children]
+            if above and site.fixed and not (site.discrete or site.foreign):
+                raise NotImplementedError(
+                    f"plan_amortization: site '{site.name}' is a Delta whose value depends on '{above[0].name}', which "
+                    f"is summed out, so a guide cannot sample it. Write pyro.deterministic('{site.name}', ...) instead."
                 )
 
     def _refuse_unknown_rows(self, site: Site) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,20 +19,32 @@ class Posterior:
     """q(latents | data): a distribution a site, all independent given the data.
 
     Values are in constrained space and have the shapes of the model's sites, plates included. Sites that the guide
-    leaves to the model (imputed observations, forecasts) are not here; ``guide.predictive`` draws them.
+    leaves to the model (imputed observations, forecasts) are not here; ``guide.predictive`` draws them. Discrete
+    latents that the model marks for enumeration are summed out of q: they have draws, but no moments.
 
     Args:
-        sites: Distribution of every latent site.
+        sites: Distribution of every latent site that the guide samples.
         plates: Names of the plates around it, outer to inner.
+        discrete: Draws the enumerated sites, given draws of the others (site -> shape (draws, *site's shape)) and
+            their number. None without such sites.
     """
 
-    def __init__(self, sites: Mapping[str, TorchDistributionMixin], plates: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, TorchDistributionMixin],
+        plates: Mapping[str, tuple[str, ...]],
+        discrete: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+    ) -> None:
         self.sites = dict(sites)
         self.plates = dict(plates)
+        self.discrete = discrete
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """Posterior means: closed form on the reals and the positives, else from 4,096 draws of a fixed seed."""
+        """Posterior means: closed form on the reals and the positives, else from 4,096 draws of a fixed seed.
+
+        Of the sites that the guide samples; those that are summed out have draws only.
+        """
         return {name: _moments(fn)[0] for name, fn in self.sites.items()}
 
     @property
@@ -58,13 +71,22 @@ class Posterior:
     def sample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
         """Draws jointly from all sites.
 
+        Enumerated sites are drawn from the model, given the draws of the others and the data: q(z) p(c | z, data).
+        They take runs of the model, as it is by then, in eval mode.
+
         Args:
             sample_shape: Leading shape of the draws.
 
         Returns:
             Site -> tensor of shape (*sample_shape, *site's shape).
         """
-        return {name: fn.sample(Size(sample_shape)) for name, fn in self.sites.items()}
+        lead = Size(sample_shape)
+        draws = {name: fn.sample(lead) for name, fn in self.sites.items()}
+        if self.discrete is None or not math.prod(lead):
+            return draws
+        flat = {name: value.reshape((math.prod(lead), *value.shape[len(lead) :])) for name, value in draws.items()}
+        discrete = self.discrete(flat, math.prod(lead))
+        return {**draws, **{name: value.reshape(lead + value.shape[1:]) for name, value in discrete.items()}}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns log q in nats of values in constrained space.
@@ -76,7 +98,7 @@ class Posterior:
             Site -> tensor of the site's batch shape, sample dimensions to its left.
 
         Raises:
-            ValueError: A name is no site of the guide.
+            ValueError: A name is no site of the guide (enumerated sites are none).
         """
         unknown = sorted(set(values) - set(self.sites))
         if unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
-from pyro.poutine.util import site_is_subsample
+from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize import arviz_bridge
@@ -185,6 +186,8 @@ def run_mcmc(
 ) -> MCMCFit:
     """Draws from the posterior by NUTS, chain after chain. The model's own parameters are held.
 
+    Discrete latents that the model marks for enumeration are summed out.
+
     Args:
         model: A Pyro model.
         args: Its positional arguments.
@@ -215,7 +218,8 @@ def run_mcmc(
     with preserved(model, evaluating=True):
         pyro.util.set_rng_state(state)
         conditioned = poutine.condition(model, data=dict(given or {}))
-        _refuse_subsampling(conditioned, args, kwargs)
+        sites = _all_rows(conditioned, args, kwargs)
+        nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         for chain in range(num_chains):
@@ -223,7 +227,10 @@ def run_mcmc(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
                 mcmc = MCMC(
-                    NUTS(conditioned), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=not progress
+                    NUTS(conditioned, max_plate_nesting=nesting, init_strategy=_init_in_shape(sites)),
+                    num_samples=num_samples,
+                    warmup_steps=warmup_steps,
+                    disable_progbar=not progress,
                 )
                 mcmc.run(*args, **kwargs)
             chains.append({name: value.detach() for name, value in mcmc.get_samples().items()})
@@ -356,7 +363,19 @@ def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _init_in_shape(sites: list[Any]) -> Callable[[Any], Tensor]:
+    """Starts sites in the shapes of a plain run; Pyro's own has one below an enumerated site take a value for each."""
+    dims = {site["name"]: site["value"].dim() for site in sites}
+
+    def init(site: Any) -> Tensor:
+        value = init_to_uniform(site)
+        return value[(0,) * (value.dim() - dims.get(site["name"], value.dim()))]
+
+    return init
+
+
+def _all_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the sample sites of a model; refuses plates that subsample."""
     with poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, site in trace.nodes.items():
@@ -367,3 +386,4 @@ def _refuse_subsampling(model: Model, args: tuple[Any, ...], kwargs: dict[str, A
                     f"{int(frame.full_size)} elements; NUTS needs all. Call the model so that the plate does not "
                     f"subsample: pyro.plate({frame.name!r}, {int(frame.full_size)})."
                 )
+    return [site for site in prune_subsample_sites(trace).nodes.values() if site["type"] == "sample"]

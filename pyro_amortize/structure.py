@@ -88,6 +88,7 @@ class Site:
         row_plates: Plates of each of whose rows the density depends on one entry of this latent, drawn outside them
             for all rows together.
         unmasked: Whether a mask covers its prior (latents) where data depend on it all the same.
+        enumerated: Whether it is a discrete latent that is marked to be summed out.
     """
 
     name: str
@@ -199,6 +200,18 @@ class Structure:
     def latents(self) -> list[Site]:
         """The latent sites that are to be guided, in the model's order."""
         return [site for site in self.sites.values() if not site.observed and not site.foreign]
+
+    def informing(self, name: str) -> set[str]:
+        """Sites that depend on a latent, or that tell of it through latents that are summed out."""
+        found = self.reaches(name)
+        enumerated = [site for site in self.latents if site.enumerated and site.name != name]
+        while enumerated:
+            tied = [site for site in enumerated if site.name in found or site.children & (found | {name})]
+            if not tied:
+                break
+            found = found.union(*(self.reaches(site.name) for site in tied))
+            enumerated = [site for site in enumerated if site not in tied]
+        return found - {name}
 
     def reaches(self, name: str) -> set[str]:
         """Sites that depend on a latent, directly or through other latents."""

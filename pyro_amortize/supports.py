@@ -94,6 +94,12 @@ def site_mask(site: Any) -> Tensor | None:
     return None if found is None else found.expand(torch.broadcast_shapes(found.shape, value.shape))
 
 
+def is_enumerated(site: Any) -> bool:
+    """Tells whether a discrete latent is marked to be summed out, as ``TraceEnum_ELBO`` does in a model."""
+    marked = not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+    return bool(marked and getattr(site["fn"], "has_enumerate_support", False))
+
+
 def generic_value(msg: Any) -> Tensor:
     """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]

@@ -84,7 +84,8 @@ class Judge:
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
         plates |= {plate for level in levels for plate in level.plates}
-        coupled = self._coupled(sites[0], together, informing, reach) or self._crossed(together)
+        coupled = self._summed_over_rows(together) or self._coupled(sites[0], together, informing, reach)
+        coupled = coupled or self._crossed(together)
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
@@ -115,6 +116,20 @@ class Judge:
         if reach is None or reach.plate != plate:
             return False
         return reach.radius is None or (radius is not None and radius <= reach.radius)
+
+    def _summed_over_rows(self, together: dict[str, Site]) -> Verdict | None:
+        """Finds a latent that is summed out for several rows at once."""
+        local = [site for site in together.values() if site.plates and not site.enumerated]
+        for site in together.values():
+            for other in local if site.enumerated else ():
+                if not set(other.plates) & set(site.plates):
+                    return Verdict(
+                        False,
+                        f"'{site.name}' is summed out, and stands outside plate '{other.plates[0]}' of '{other.name}', "
+                        f"so a row's posterior needs all rows' data",
+                        factorizes=False,
+                    )
+        return None
 
     def _coupled(
         self, site: Site, together: dict[str, Site], informing: list[Source], reach: Reach | None
@@ -240,12 +255,12 @@ def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
 
 
 def related_to(latents: dict[str, Site], facts: Structure) -> set[str]:
-    """The latents and the sites whose densities depend on them, also through discrete latents of another guide."""
+    """The latents and the sites whose densities depend on them, also through discrete latents that none of them is."""
     found, front = set(latents), set().union(*(site.children for site in latents.values()))
     while front:
         name = front.pop()
         site = facts.sites[name]
-        if name not in found and site.foreign and site.fixed:
+        if name not in found and site.fixed and (site.foreign or site.enumerated):
             front |= site.children - found
         found.add(name)
     return found

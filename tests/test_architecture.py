@@ -11,7 +11,7 @@ PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
     {"arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families", "posterior"},
-    {"loops", "encoders", "levels"},
+    {"loops", "encoders", "levels", "enumeration"},
     {"held"},
     {"probes"},
     {"latents", "sources"},

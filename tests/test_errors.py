@@ -121,13 +121,24 @@ def test_an_unenumerated_discrete_latent():
         plan_amortization(model, X)
 
 
-def test_an_enumerated_latent():
+def test_a_latent_that_is_enumerated_sequentially():
+    def model(x):
+        with pyro.plate("n", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)), infer={"enumerate": "sequential"})
+            pyro.sample("x", normal(k), obs=x)
+
+    with refuses(ValueError, r"discrete sample site 'k'.*'enumerate': 'parallel'"):
+        plan_amortization(model, X)
+
+
+def test_a_delta_below_an_enumerated_latent():
     def model(x):
         with pyro.plate("n", len(x)):
             k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)), infer={"enumerate": "parallel"})
-            pyro.sample("x", normal(k), obs=x)
+            mean = pyro.sample("mean", dist.Delta(2 * k))
+            pyro.sample("x", normal(mean), obs=x)
 
-    with refuses(NotImplementedError, r"'k' is enumerated.*hide=\['k'\]"):
+    with refuses(NotImplementedError, r"'mean' is a Delta.*pyro.deterministic\('mean'"):
         plan_amortization(model, X)
 
 
