@@ -249,9 +249,7 @@ class TestPlan:
     def test_groups_are_told_whole(self):
         plan = plan_amortization(nested, SERIES)
         assert plan.verdict.closable is plan.verdict.factorizes is True
-        assert [level.plates for level in plan.blocks[0].levels] == [("groups",), ("groups", "members")] or any(
-            level.pooled for level in plan.blocks[0].levels
-        )
+        assert any(level.pooled for level in plan.blocks[0].levels)
 
     def test_outside_the_plate(self):
         verdict = plan_amortization(outside, X).verdict
@@ -690,6 +688,7 @@ class TestGlobals:
         error = torch.nn.functional.one_hot(draws["c"], 3) - parts.softmax(-1)
         assert within(error, 500)
 
+    @pytest.mark.slow
     def test_comparison_with_mcmc(self):
         def known(x):
             centre = pyro.sample("centre", dist.Normal(tensor(0.0), 2.0))
