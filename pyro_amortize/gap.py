@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyro_amortize.evidence import GOOD_ENOUGH, Evidence, estimate_evidence, rob
 from pyro_amortize.fit import Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
+from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_amortization
 from pyro_amortize.reference import fit_optimum, held_globals, local_sites
 
@@ -149,26 +150,9 @@ def amortization_gap(
     kwargs = model_kwargs or {}
     plan = plan_amortization(model, *args, **kwargs)
     sites = local_sites(plan)
-    amortized = [block for block in plan.blocks if block.amortized]
-    outer = min((block.plates for block in amortized), key=len)
-    around = enumerated_sites(model, guide, args, kwargs).values()
-    plate = next((name for name in outer if all(name in plates for plates in around)), outer[0])
+    per, warnings = _datum(plan, enumerated_sites(model, guide, args, kwargs).values())
     held = held_globals(model, guide, args, kwargs, plan, given)
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
-    warnings: list[str] = []
-    link = next((level.link for block in amortized for level in block.levels if level.link), None)
-    per = plate if plan.verdict.factorizes and link is None and plate not in plan.loops else None
-    if plate in plan.loops:
-        warnings.append(
-            f"no numbers per datum: data are turns of loop '{plate}'; a vectorized plate would tell them apart"
-        )
-    elif link is not None:
-        warnings.append(f"no numbers per datum: which rows belong to an element of '{link.to}' is said by an index")
-    elif per is None:
-        warnings.append(f"no numbers per datum: {plan.verdict.reason}")
-    others = sorted({"/".join(block.plates) for block in amortized if plate not in block.plates}) if per else []
-    if others:
-        warnings.append(f"only the data of plate '{plate}' are judged; those of {others} are not")
     optimum: SVIFit | None = None
     try:
         optimum = fit_optimum(
@@ -207,6 +191,27 @@ def amortization_gap(
     if per is None:
         parts = {name: parts[name] for name in ("elbo", "elbo_optimum", "amortization_gap") if name in parts}
     return GapReport(per_datum, _totals(parts), tuple(warnings), held, optimum, num_draws)
+
+
+def _datum(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> tuple[str | None, list[str]]:
+    """Returns the plate whose elements are the data, None if they cannot be told apart, and what there is to say.
+
+    Args:
+        plan: The plan.
+        around: The plates of each latent that is summed out.
+    """
+    amortized = [block for block in plan.blocks if block.amortized]
+    outer = min((block.plates for block in amortized), key=len)
+    plate = next((name for name in outer if all(name in plates for plates in around)), outer[0])
+    link = next((level.link for block in amortized for level in block.levels if level.link), None)
+    if plate in plan.loops:
+        return None, [f"no numbers per datum: data are turns of loop '{plate}', not elements of a vectorized plate"]
+    if link is not None:
+        return None, [f"no numbers per datum: which rows belong to an element of '{link.to}' is said by an index"]
+    if not plan.verdict.factorizes:
+        return None, [f"no numbers per datum: {plan.verdict.reason}"]
+    others = sorted({"/".join(block.plates) for block in amortized if plate not in block.plates})
+    return plate, [f"only the data of plate '{plate}' are judged; those of {others} are not"] if others else []
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ class AutoAmortized(AutoGuide):
         self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
         trace = self._start(args, kwargs)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
-        run.learn_exit(latents - set(plan.enumerated))
+        run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -297,8 +297,8 @@ class AutoAmortized(AutoGuide):
     ) -> dict[str, Tensor]:
         """Draws the sites that are summed out, given draws of the other latents."""
         found = draw_enumerated(self.model, args, kwargs, draws, indices, count)
-        left = self.plan.left_to_model  # type: ignore[union-attr]
-        return {name: value for name, value in found.items() if name not in left}
+        summed = self.plan.enumerated  # type: ignore[union-attr]
+        return {name: value for name, value in found.items() if self.plan.turn_of(name)[0] in summed}  # type: ignore[union-attr]
 
     # Saving.
 
