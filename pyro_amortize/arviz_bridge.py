@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 FEWEST_DRAWS = 25
+OFTEN = 20
+"""Draws of the largest weight from which it counts as reached."""
 
 
 def _arviz() -> Any:
@@ -46,7 +48,8 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
     Args:
         log_weights: Shape (draws, rows).
         flat: Where the largest weight is below so many times the mean, there is no tail to fit: weights are left as
-            they are, and k-hat is 0. The default is met by a perfect guide.
+            they are, and k-hat is 0. The default is met by a perfect guide. So it is where the largest weight was
+            drawn often, as with discrete latents: weights are then bounded.
 
     Returns:
         Smoothed log weights, on the scale of those given, shape (draws, rows); and k-hat, shape (rows,), infinite if
@@ -58,7 +61,8 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
     raw = log_weights.detach().cpu().to(torch.float64)
     smoothed, k_hat = raw.clone(), torch.zeros(raw.shape[1], dtype=torch.float64)
     mean = raw.logsumexp(0) - math.log(len(raw))
-    uneven = (raw.max(0).values - mean > math.log(flat)).nonzero().flatten()
+    often = (raw >= raw.max(0).values - 1e-6).sum(0) >= OFTEN
+    uneven = (~often & (raw.max(0).values - mean > math.log(flat))).nonzero().flatten()
     if len(raw) < FEWEST_DRAWS:
         k_hat[uneven] = torch.inf
     elif len(uneven):

@@ -22,7 +22,7 @@ from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import Preserved, preserved
-from pyro_amortize.planner import plan_amortization
+from pyro_amortize.planner import plan_amortization, plan_beside
 from pyro_amortize.reference import MCMCFit, run_mcmc
 
 METHODS = ("amortized", "mean_field", "mcmc")
@@ -133,7 +133,7 @@ def compare_inference(
             for label, fit in fits.items()
             if not isinstance(fit, MCMCFit)
         }
-        num_rows = _num_rows(model, args, kwargs)
+        num_rows = _num_rows(model, fits, args, kwargs)
         table = _table(fits, ratios, args, kwargs, num_rows)
         moments = _moments(fits, args, kwargs)
     mean_field = [label for label, fit in fits.items() if isinstance(fit, SVIFit) and not _answers_new_rows(fit)]
@@ -179,9 +179,11 @@ def _guide_of(fit: Any) -> Any:
     return fit.guide if isinstance(fit, SVIFit) else fit
 
 
-def _num_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _num_rows(model: Model, fits: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Returns the size of the plate that is amortized; of the largest, if none is."""
-    plan = plan_amortization(model, *args, **kwargs)
+    guides = [_guide_of(fit) for fit in fits.values() if not isinstance(fit, MCMCFit)]
+    guides.sort(key=_answers_new_rows, reverse=True)
+    plan = plan_beside(model, guides[0], args, kwargs) if guides else plan_amortization(model, *args, **kwargs)
     local = [plan.plates[block.plates[0]] for block in plan.blocks if block.amortized and block.plates]
     return max(local or plan.plates.values(), default=1)
 

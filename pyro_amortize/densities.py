@@ -145,10 +145,15 @@ def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwarg
 
 def enumerated_sites(
     model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, tuple[str, ...]]:
-    """Returns the latents that are summed out, marked for it and not sampled by the guide, and the plates of each."""
+) -> tuple[dict[str, tuple[str, ...]], int]:
+    """Finds the latents that are summed out: marked for it, and not sampled by the guide.
+
+    Returns:
+        The plates of each, and how many dimensions the model's plates take.
+    """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
-        return _Evaluation(model, guide, args, kwargs).enumerated
+        evaluation = _Evaluation(model, guide, args, kwargs)
+    return evaluation.enumerated, evaluation.nesting
 
 
 def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -91,8 +91,9 @@ def fit_svi(
     Other Arguments:
         optim: Makes a torch optimizer from a list of parameters; ``Adam(lr)`` by default.
         loss: A Pyro ELBO, or a function as ``SVI`` takes. By default ``TraceEnum_ELBO`` where the model marks discrete
-            latents for enumeration that the guide does not sample; else ``TraceMeanField_ELBO`` for generated guides,
-            whose KL divergence is analytic where it can be, and ``Trace_ELBO`` for others.
+            latents for enumeration that the guide does not sample, or a generated guide amortizes discrete ones; else
+            ``TraceMeanField_ELBO`` for generated guides, whose KL divergence is analytic where it can be, and
+            ``Trace_ELBO`` for others.
         num_particles: Draws a step, of the default loss.
         seed: Of this fit; the global random state is then left alone.
         progress: Whether to show a progress bar with the loss.
@@ -168,9 +169,10 @@ def train(
     with seeded(options.seed):
         if isinstance(guide, AutoAmortized) and guide.plan is None:
             guide.initialize(*args, **kwargs)
-        enumerated = tuple(enumerated_sites(model, guide, args, kwargs))
-        batches = _Batches(model, guide, args, kwargs, options, enumerated)
-        steps = _Steps(model, guide, options, held, train_model, enumerated)
+        enumerated, nesting = enumerated_sites(model, guide, args, kwargs)
+        batches = _Batches(model, guide, args, kwargs, options, tuple(enumerated))
+        loss = options.loss or _default_loss(guide, options, bool(enumerated), nesting)
+        steps = _Steps(model, guide, loss, options, held, train_model)
         losses = []
         bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
         for step in bar:
@@ -221,14 +223,13 @@ class _Steps:
         self,
         model: Model,
         guide: Model,
+        loss: Any,
         options: Options,
         held: Preserved | None,
         train_model: bool,
-        enumerated: tuple[str, ...],
     ) -> None:
-        self.model, self.guide, self.options, self.held = model, guide, options, held
+        self.model, self.guide, self.loss, self.options, self.held = model, guide, loss, options, held
         self.train_model = train_model
-        self.loss = options.loss or _default_loss(guide, options, enumerated)
         self.parameters: dict[int, Tensor] = {}
         self.last_good: dict[int, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
@@ -334,12 +335,15 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
     return ""
 
 
-def _default_loss(guide: Model, options: Options, enumerated: tuple[str, ...]) -> Any:
+def _default_loss(guide: Model, options: Options, enumerated: bool, nesting: int) -> Any:
     plan = guide.plan if isinstance(guide, AutoAmortized) else None
     # TraceMeanField_ELBO takes the prior of what the guide leaves out for missing, and that under a mask for there.
     analytic = plan is not None and not plan.left_to_model and not plan.unmasked
-    elbo = TraceEnum_ELBO if enumerated else TraceMeanField_ELBO if analytic else Trace_ELBO
-    if options.max_plate_nesting is None:
+    vectorized = options.max_plate_nesting is not None
+    if enumerated or (plan is not None and any(block.is_discrete for block in plan.blocks)):
+        return TraceEnum_ELBO(options.num_particles, max_plate_nesting=nesting, vectorize_particles=vectorized)
+    elbo = TraceMeanField_ELBO if analytic else Trace_ELBO
+    if not vectorized:
         return elbo(num_particles=options.num_particles)
     return elbo(options.num_particles, max_plate_nesting=options.max_plate_nesting, vectorize_particles=True)
 

@@ -22,7 +22,7 @@ from pyro_amortize.fit import Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
-from pyro_amortize.planner import plan_amortization
+from pyro_amortize.planner import plan_beside
 from pyro_amortize.reference import fit_optimum, held_globals, local_sites
 
 QUANTITIES = ("elbo", "elbo_optimum", "log_evidence", "amortization_gap", "approximation_gap", "inference_gap")
@@ -148,9 +148,9 @@ def amortization_gap(
         https://arxiv.org/abs/1801.03558; C. Margossian and D. Blei, UAI 2024, https://arxiv.org/abs/2307.11018
     """
     kwargs = model_kwargs or {}
-    plan = plan_amortization(model, *args, **kwargs)
+    plan = plan_beside(model, guide, args, kwargs)
     sites = local_sites(plan)
-    per, warnings = _datum(plan, enumerated_sites(model, guide, args, kwargs).values())
+    per, warnings = _datum(plan, enumerated_sites(model, guide, args, kwargs)[0].values())
     held = held_globals(model, guide, args, kwargs, plan, given)
     options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
     optimum: SVIFit | None = None

@@ -7,6 +7,7 @@ model's own plates, masks and scales have acted on the site. It leaves the model
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import uuid
 import weakref
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -57,7 +59,7 @@ from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.reading import Reading
-from pyro_amortize.supports import bijection, init_to_center, is_delta
+from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
 
 
 class AutoAmortized(AutoGuide):
@@ -153,6 +155,8 @@ class AutoAmortized(AutoGuide):
         self.signature: inspect.Signature | None = None
         self._versions: list[int] = []
         self._exits: dict[Any, frozenset[str]] = {}
+        self._given: dict[Any, dict[str, Any]] = {}
+        self.discrete: dict[str, Any] = {}
 
     # Pyro's protocol.
 
@@ -236,9 +240,11 @@ class AutoAmortized(AutoGuide):
             ValueError: Data are missing, do not fit, or new rows are asked of a table.
         """
         run = self._answer("posterior", args, kwargs)
-        if not run.plan.enumerated:
-            return Posterior(run.found, run.plates)
-        return Posterior(run.found, run.plates, partial(self._discrete, args, kwargs, dict(run.reader.indices)))
+        indices = dict(run.reader.indices)
+        discrete = partial(self._discrete, args, kwargs, indices) if run.plan.enumerated else None
+        conditional = any(source.drawn for block in run.plan.blocks for source in block.sources)
+        joint = partial(self._drawn, args, kwargs, indices) if conditional else None
+        return Posterior(run.found, run.plates, discrete, joint)
 
     def predictive(
         self, *args: Any, num_samples: int = 1000, parallel: bool = False, model_kwargs: dict[str, Any] | None = None
@@ -275,6 +281,20 @@ class AutoAmortized(AutoGuide):
                 return {name: together[name].reshape((num_samples, *value.shape)) for name, value in first.items()}
             draws = [first] + [draw() for _ in range(num_samples - 1)]
         return {name: torch.stack([values[name] for values in draws]) for name in first}
+
+    def _drawn(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Any], count: int
+    ) -> dict[str, Tensor]:
+        """Draws from q run by run, the encoders of some sites being given the draws of others."""
+        found = []
+        with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
+            for _ in range(count):
+                run = GuidedRun(self, args, kwargs, {})
+                run.reader.looked_up["indices"] = {name: index for name, index in indices.items() if index is not None}
+                values = run.sample()
+                left = self.plan.left_to_model  # type: ignore[union-attr]
+                found.append({n: v for n, v in values.items() if run.plan.turn_of(n)[0] not in left})
+        return {name: torch.stack([values[name] for values in found]) for name in found[0]}
 
     def _discrete_beside(
         self, guided: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -455,7 +475,7 @@ class AutoAmortized(AutoGuide):
         """Makes a coder for each block; ``widths`` are those of the trunks' output, or data to find them by."""
         coders = nn.ModuleDict()
         for block in plan.blocks:
-            sizes = [self.family.per_dim * dim for dim in block.dims]
+            sizes = block.widths(self.family.per_dim)
             encoder = self._encoder_of(block)
             if not block.amortized:
                 coders[part_key(block.name)] = Rows(block.rows, sizes).to(device, self.dtype)
@@ -480,7 +500,8 @@ class AutoAmortized(AutoGuide):
                 coders[part_key(block.name)] = coder
         self.coders, self.preparations = coders, preparations
         self.plan = plan
-        self._exits = {}
+        self._exits, self._given = {}, {}
+        self.discrete = {name: _even(block) for block in plan.blocks if block.is_discrete for name in block.sites}
 
     def features_of(self, block: Block, coder: Heads, features: list[Tensor | None], reading: Reading) -> Tensor:
         """Brings prepared data of all levels of a block to its elements: shape (..., elements, features)."""
@@ -519,24 +540,27 @@ class AutoAmortized(AutoGuide):
         nodes = merged(trace.nodes, self.plan.families, self.plan.loops)
         for block in self.plan.blocks:
             coder = self.coder_of(block)
-            for i, (name, dim) in enumerate(zip(block.sites, block.dims, strict=True)):
-                site = nodes[name]
-                value = bijection(site).inv(site["value"]).detach().to(self.dtype)
-                batch = len(site["fn"].batch_shape)
-                frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-                axes = [batch + frames[plate].dim for plate in block.plates]
-                rows = value.movedim(axes, list(range(len(axes)))).reshape(-1, dim) if axes else value.reshape(1, dim)
-                rows = rows.nan_to_num(0.0, 0.0, 0.0)
-                scale = torch.full_like(rows, self.options["init_scale"])  # type: ignore[arg-type]
+            for i, name in enumerate(block.sites):
+                start = self._start_of(nodes[name], block)
                 if isinstance(coder, Rows):
-                    same = len(rows) == len(coder.values[i])
-                    start = rows if same else rows.mean(0, keepdim=True)
-                    coder.values[i].data.copy_(self.family.parameters(start, scale[: len(start)]))
+                    same = len(start) == len(coder.values[i])
+                    coder.values[i].data.copy_(start if same else start.mean(0, keepdim=True))
                 else:
-                    head = coder.heads[i]
-                    head.weight.data.mul_(0.1)
-                    head.bias.data.copy_(self.family.parameters(rows.mean(0), scale[0]))
+                    coder.heads[i].weight.data.mul_(0.1)
+                    coder.heads[i].bias.data.copy_(start.mean(0))
         return trace
+
+    def _start_of(self, site: Any, block: Block) -> Tensor:
+        """Returns the parameters with which q of a site starts, shape (elements, width); if discrete, the prior's."""
+        value = prior_logits(site["fn"]) if block.is_discrete else bijection(site).inv(site["value"])
+        batch = len(site["fn"].batch_shape)
+        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+        axes = [batch + frames[plate].dim for plate in block.plates]
+        value = value.detach().to(self.dtype).movedim(axes, list(range(len(axes)))).nan_to_num(0.0, 0.0, 0.0)
+        rows = value.reshape(math.prod(value.shape[: len(axes)]), -1)
+        if block.is_discrete:
+            return rows.clamp(min=-10.0, max=10.0)
+        return self.family.parameters(rows, torch.full_like(rows, self.options["init_scale"]))  # type: ignore[arg-type]
 
     def _announce(self) -> None:
         """Sends a param message for every parameter, so that any ELBO trains it."""
@@ -606,6 +630,12 @@ def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
             return init_to_center(site)
 
     return init
+
+
+def _even(block: Block) -> Any:
+    """Returns a discrete distribution of a block's kind, all values even, for one element."""
+    base = getattr(dist, block.distribution)(logits=torch.zeros(block.shapes[0] + (block.logits[0] or ())))  # type: ignore[arg-type]
+    return base.to_event(len(base.batch_shape))
 
 
 def _phis(block: Block, encoder: Any) -> tuple[nn.ModuleDict, int]:

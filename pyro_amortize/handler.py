@@ -11,10 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
@@ -22,10 +25,10 @@ from pyro_amortize.calls import Call, opened
 from pyro_amortize.encoders import Rows
 from pyro_amortize.held import is_index
 from pyro_amortize.plan import AmortizationPlan, Block
-from pyro_amortize.posterior import Posterior, prior_median
+from pyro_amortize.posterior import prior_median, typical
 from pyro_amortize.reading import Reader, Reading
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import dressed, is_enumerated, is_improper, unconstrained_shape, without_masks
+from pyro_amortize.supports import dressed, is_enumerated, is_improper, unconstrained_shape, with_logits, without_masks
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -65,17 +68,18 @@ class GuidedRun(Messenger):
         self._parameters: dict[str, list[Tensor] | None] = {}
         self._with_data: dict[str, Tensor | None] = {}
         self._sizes: dict[str, list[int]] = {}
+        self._ahead: dict[str, bool] = {}
         self._exit_after: frozenset[str] | None = None
 
     def sample(self) -> dict[str, Tensor]:
         """Runs the model up to its last latent; returns the values of all latents."""
         for block in self.plan.blocks:
-            if any(
-                source.name in self.call.leaves and self.call.leaves[source.name] is None for source in block.sources
-            ):
+            names = {source.name for source in block.sources if not source.drawn} & set(self.call.leaves)
+            if any(self.call.leaves[name] is None for name in names):
                 self._refuse_missing(block)
         if self.reader.needs_looking_up():
             self.reader.look_up()
+        self._find_given()
         self._exit_after = self.guide._exits.get(self._kind_of_call())
         try:
             with self:
@@ -146,6 +150,10 @@ class GuidedRun(Messenger):
         if msg["is_observed"]:
             msg["stop"] = True
             self._refuse_longer(name)
+            self.reader.drawn[name] = msg["value"]
+            return
+        if name in self._ahead:
+            self._take_drawn(msg)
             return
         self._leave_markov_scope(msg)
         site, turn = self.plan.turn_of(name)
@@ -167,10 +175,12 @@ class GuidedRun(Messenger):
             return
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q
+        if block.is_discrete:
+            msg["infer"] = {**msg["infer"], **self._enumerated()}
         if self.answering:
             self.found[name] = q
             self.plates[name] = tuple(plate for plate in block.plates if plate not in turn)
-            msg["value"] = Posterior({name: q}, {}).median[name]
+            msg["value"] = typical(q)
 
     def _leave_markov_scope(self, msg: Any) -> None:
         """Takes names that are hidden from outside out of what ``pyro.markov`` tells outer handlers of."""
@@ -184,11 +194,11 @@ class GuidedRun(Messenger):
         if site_is_subsample(msg):
             self.reader.indices[name] = msg["value"] if is_index(msg["value"]) else None
         elif not msg["is_observed"] and self._is_guided(name):
-            self.values[name] = msg["value"]
+            self.values[name] = self.reader.drawn[name] = msg["value"]
             if self._exit_after is not None and self._exit_after <= set(self.values):
                 raise _Done
         elif self._is_guided(name):  # conditioned from outside
-            self.values[name] = msg["value"]
+            self.values[name] = self.reader.drawn[name] = msg["value"]
 
     def _is_guided(self, name: str) -> bool:
         return self.plan.block_of(name) is not None or self.plan.turn_of(name)[0] in self.plan.left_to_model
@@ -229,6 +239,9 @@ class GuidedRun(Messenger):
         around = plates_of([msg])
         plates = {name: around[name] for name in block.plates if name not in self.plan.loops}
         coder = self.guide.coder_of(block)
+        for source in block.sources:
+            if source.drawn and source.name not in self.reader.drawn:
+                self._draw_ahead(source.name, msg)
         reading = self.reader.read(block, plates) if block.levels else None
         parameters: list[Tensor] | None
         if not block.amortized:
@@ -252,6 +265,57 @@ class GuidedRun(Messenger):
         chain = block.plates.index(block.chain) if block.chain else None
         self._with_data[block.name] = reading.with_data(chain) if reading is not None else None
         return parameters
+
+    def _find_given(self) -> None:
+        """Finds which of the discrete sites that encoders see are observed in this call, before the model is run.
+
+        A kind of call is looked up once, and again where no argument holds the values.
+        """
+        names = {source.name for block in self.plan.blocks for source in block.sources if source.drawn}
+        key = self._kind_of_call() if names else None
+        given = self.guide._given.get(key)
+        if not names or given == {}:
+            return
+        if given is None or None in given.values():
+            self.reader.look_up()
+            nodes = self.reader.looked_up["sites"]
+            given = {}
+            for name in (name for name in names if name in nodes and nodes[name]["is_observed"]):
+                same = (n for n, leaf in self.call.tensors.items() if leaf is nodes[name]["value"])
+                given[name] = next(same, None)
+                self.reader.drawn[name] = nodes[name]["value"]
+            if key is not None:
+                self.guide._given[key] = given
+        else:
+            self.reader.drawn |= {name: self.call.leaves[argument] for name, argument in given.items()}
+
+    def _draw_ahead(self, name: str, msg: Any) -> None:
+        """Draws a discrete site before the model comes to it, beside another in the same plates."""
+        block = self.plan.block_of(name)
+        assert block is not None
+        even = self.guide.discrete[name].expand(msg["fn"].batch_shape)
+        stand_in = {**msg, "name": name, "fn": even, "infer": {}, "mask": None}
+        parameters = self._block_parameters(block, stand_in)
+        if parameters is not None:
+            self._ahead[name] = False
+            pyro.sample(name, self._distribution(stand_in, block, 0, parameters, {}), infer=self._enumerated())
+
+    def _take_drawn(self, msg: Any) -> None:
+        """Lets a draw ahead pass to the outside; hides the model's own later site, which takes its value."""
+        name = msg["name"]
+        if self._ahead[name]:
+            msg["stop"], msg["value"] = True, self.reader.drawn[name]
+            msg["infer"] = {**msg["infer"], "enumerate": None}
+        elif self.answering:
+            self.found[name], self.plates[name] = msg["fn"], self.plan.block_of(name).plates  # type: ignore[union-attr]
+            msg["value"] = typical(msg["fn"])
+        self._ahead[name] = True
+
+    @staticmethod
+    def _enumerated() -> dict[str, Any]:
+        """Says of a discrete site that all its values be tried side by side, where ``TraceEnum_ELBO`` asks for that."""
+        enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+        return {"enumerate": "parallel" if enumerating else None}
 
     def _refuse_missing(self, block: Block) -> None:
         if self.answering:
@@ -282,39 +346,38 @@ class GuidedRun(Messenger):
 
     def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
-        prior = msg["fn"]
-        event_dim = len(unconstrained_shape(msg)) - len(prior.batch_shape)
+        prior, extra = msg["fn"], block.logits[which]
+        whole = unconstrained_shape(msg) if extra is None else prior.shape()
+        event_dim = len(whole) - len(prior.batch_shape)
         around = plates_of([msg])
         plates = [around[name] for name in block.plates if name not in turn]
         axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]
-        expected = _without_axes(unconstrained_shape(msg), axes, len(shape) + len(axes))
+        expected = _without_axes(whole, axes, len(shape) + len(axes))
         if expected != shape:
             raise ValueError(
                 f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
                 f"space, but the guide was initialized with {shape}. Build a new guide for this model."
             )
-        sizes = self._sizes[block.name]
+        sizes, present = self._sizes[block.name], [plate.size for plate in plates]
         values = _of_turn(parameters[which], block.plates, sizes, turn)
-        dim = block.dims[which]
-        placed = [
-            _placed(values[..., i * dim : (i + 1) * dim], [plate.size for plate in plates], axes, shape)
-            for i in range(self.guide.family.per_dim)
-        ]
-        q = self.guide.family.distribution(*placed)
-        with_data = self._with_data[block.name]
-        marks = None
+        marks, with_data = None, self._with_data[block.name]
         if with_data is not None:
             marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
-            marks = _placed(marks, [plate.size for plate in plates], [plate.dim for plate in plates], ())
-            marks = marks.to(parameters[0].device)
+            marks = _placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
+        if extra is None:
+            parts = values.split(block.dims[which], -1)
+            q = self.guide.family.distribution(*(_placed(part, present, axes, shape) for part in parts))
+        else:
+            logits = _placed(values, present, [axis - len(extra) for axis in axes], shape + extra)
+            q = with_logits(prior, logits, marks if block.exact_prior else None)
         if block.sites[which] in self.plan.unmasked:
             msg["mask"] = marks
             q = dressed(msg, without_masks(prior), q)
         else:
             q = dressed(msg, prior, q)
         q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
-        if marks is None or not block.exact_prior or is_improper(prior):
+        if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
             return q
         return dist.MaskedMixture(marks, prior.expand(q.batch_shape), q)
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from pyro_amortize.held import kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
-from pyro_amortize.supports import generic_value, is_delta, is_enumerated, site_mask, unconstrained_shape
+from pyro_amortize.supports import (
+    generic_value,
+    is_delta,
+    is_enumerated,
+    logits_shape,
+    site_mask,
+    unconstrained_shape,
+    undressed,
+)
 
 
 class LatentProbes:
@@ -35,17 +43,24 @@ class LatentProbes:
             kind, categories = kind_of(site["fn"])
             return Site(name, True, names, tuple(site["value"].shape), kind=kind, categories=categories, **facts)
         discrete = bool(site["fn"].support.is_discrete)
-        if discrete or is_delta(site["fn"]):
-            shape = tuple(site["fn"].shape())
-            children = self._moved_by(name, {name: self._other(name)}) if discrete else frozenset()
-            return Site(name, False, names, shape, children, fixed=True, discrete=discrete, **facts)
+        if is_delta(site["fn"]):
+            return Site(name, False, names, tuple(site["fn"].shape()), fixed=True, **facts)
         one = site.get("example", site)
-        unconstrained = list(unconstrained_shape(one))
+        whole = one["fn"].shape() if discrete else unconstrained_shape(one)
         batch = len(one["fn"].batch_shape)
-        kept = [size for i, size in enumerate(unconstrained) if i - batch not in {plate.dim for plate in plates}]
+        kept = tuple(size for i, size in enumerate(whole) if i - batch not in {plate.dim for plate in plates})
+        if discrete:
+            kind, categories = kind_of(site["fn"])
+            facts |= {"fixed": True, "discrete": True, "kind": kind, "categories": categories}
+            facts["logits"] = logits_shape(site["fn"])
+            facts["distribution"] = None if facts["logits"] is None else type(undressed(site["fn"])).__name__
+        if discrete and not site["fn"].has_enumerate_support:
+            return Site(name, False, names, kept, self._moved_by(name, {name: self._other(name)}), **facts)
         children, couples = self._latent_probe(name, plates)
-        facts |= {"row_plates": self._row_plates(name, children), "unmasked": self._is_unmasked(name)}
-        return Site(name, False, names, tuple(kept), children, couples, **facts)
+        facts["unmasked"] = self._is_unmasked(name)
+        if not discrete:
+            facts["row_plates"] = self._row_plates(name, children)
+        return Site(name, False, names, kept, children, couples, **facts)
 
     def _row_plates(self, name: str, children: frozenset[str]) -> tuple[str, ...]:
         """Replaces half of the entries of a global vector; tells of which plates just those rows move."""
@@ -81,7 +96,7 @@ class LatentProbes:
     def _other(self, name: str) -> Tensor:
         """Returns a discrete value that differs from the held one: in every element, or drawn if one turns up."""
         site = self.probes.factors[name]
-        if is_enumerated(site):
+        if site["fn"].has_enumerate_support:
             support = site["fn"].enumerate_support()
             same = support[-1] == site["value"]
             for axis in range(len(site["fn"].event_shape)):
@@ -99,7 +114,8 @@ class LatentProbes:
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
         """Replaces a latent, whole and by halves; returns its children, and along which plates it couples."""
         torch.manual_seed(1)
-        fresh = generic_value(self.probes.factors[name])
+        discrete = self.probes.factors[name]["fn"].support.is_discrete
+        fresh = self._other(name) if discrete else generic_value(self.probes.factors[name])
         children = self._moved_by(name, {name: fresh})
         half = {plate.name: _half(plate.size) for plate in plates}
         couples = set()

@@ -109,8 +109,8 @@ def exact_minibatches(
     plate = facts.plates[free[0]]
     if plate.size < 4:
         return f"plate '{plate.name}' has only {plate.size} elements"
-    outside = [name for name in enumerated if plate.name not in facts.sites[name].plates]
-    tied = [n for n in outside if any(plate.name in facts.sites[c].plates for c in facts.sites[n].children)]
+    outside = [name for name in enumerated if plate.name not in facts.site_of(name).plates]
+    tied = [n for n in outside if any(plate.name in facts.sites[c].plates for c in facts.site_of(n).children)]
     if tied:
         return f"'{tied[0]}' is summed out for all rows of plate '{plate.name}' together"
     call = Call(model, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -58,6 +59,8 @@ class Block:
         exact_prior: Whether elements without data have the prior as their posterior, given the latents above them.
         chain: The loop along which that is so only after the last datum, since each element depends on the one before.
         reach: How far the encoder sees beside an element's own data.
+        logits: For each discrete site the shape of the logits behind one entry of its value; None for others.
+        distribution: The name of the distribution of a discrete site.
     """
 
     name: str
@@ -75,6 +78,18 @@ class Block:
     exact_prior: bool = True
     chain: str | None = None
     reach: Reach | None = None
+    logits: tuple[tuple[int, ...] | None, ...] = ()
+    distribution: str | None = None
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether it holds a discrete site; these stand alone."""
+        return self.distribution is not None
+
+    def widths(self, per_dim: int) -> list[int]:
+        """Returns how many parameters an element of each site has, where a family has so many a dimension."""
+        pairs = zip(self.dims, self.logits, strict=True)
+        return [per_dim * dim if extra is None else dim * math.prod(extra) for dim, extra in pairs]
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -162,8 +177,9 @@ class AmortizationPlan:
                 for level in block["levels"]
             ]
             shapes = tuple(tuple(shape) for shape in block["shapes"])
-            reach = block["reach"] and Reach(**block["reach"])
-            blocks.append(Block(**{**_tuples(block), "shapes": shapes, "levels": tuple(levels), "reach": reach}))
+            parts = {"shapes": shapes, "levels": tuple(levels), "reach": block["reach"] and Reach(**block["reach"])}
+            parts["logits"] = tuple(shape if shape is None else tuple(shape) for shape in block["logits"])
+            blocks.append(Block(**{**_tuples(block), **parts}))
         masks = {site: source and _source(source) for site, source in code["masks"].items()}
         families = tuple(Family(**_tuples(family)) for family in code["families"])
         verdict = Verdict(**code["verdict"])

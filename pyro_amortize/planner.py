@@ -6,10 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+
 from pyro_amortize.calls import Model
 from pyro_amortize.encoders import MLP, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
+from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, overall, related_to
@@ -56,6 +61,16 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
     return build_plan(examine(model, args, kwargs))
 
 
+def plan_beside(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AmortizationPlan:
+    """Plans as :func:`plan_amortization` does, for a model whose discrete latents some guide may sample itself."""
+    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
+        guided = poutine.trace(guide).get_trace(*args, **kwargs)
+    facts = examine(model, args, kwargs)
+    names = {facts.site_of(name).name for name, site in guided.iter_stochastic_nodes() if not site_is_subsample(site)}
+    sampled = frozenset(s.name for s in facts.latents if s.discrete and s.plates and s.name in names)
+    return build_plan(facts, apart=sampled, encoder=dict.fromkeys([*sampled, *facts.plates], OWN_DATA))
+
+
 def build_plan(
     facts: Structure,
     tables: frozenset[str] = frozenset(),
@@ -85,8 +100,10 @@ class _Planner:
         self.ways = Ways(facts)
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
         informed = [site for site in facts.latents if site.name not in self.left]
-        self.latents = [site for site in informed if not site.enumerated]
-        self.enumerated = [site for site in informed if site.enumerated]
+        asked = [site for site in informed if site.discrete and site.name in self.apart | self.named_tables()]
+        self.enumerated = [site for site in informed if site.enumerated and site not in asked]
+        self.latents = [replace(s, enumerated=False) for s in informed if s not in self.enumerated]
+        self.discrete = [replace(site, enumerated=False) for site in asked]
         self._refuse_discrete()
         self.masks = {
             site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
@@ -143,6 +160,10 @@ class _Planner:
         )
 
     # Which latents are local.
+
+    def named_tables(self) -> set[str]:
+        """Sites that are given a table by name."""
+        return set(self.encoder) & self.tables if isinstance(self.encoder, dict) else set()
 
     def _is_left_to_model(self, site: Site) -> bool:
         has_data = any(self.facts.sites[name].observed for name in self.facts.informing(site.name))
@@ -222,10 +243,29 @@ class _Planner:
             picked = [self._named_source(target, n, frozenset(related)) for n in names]
             complete = {s.name for s in found} <= {s.name for s in picked}
             found = picked
+        found += self._drawn(sites, together)
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0])
         return levels, complete
+
+    def _drawn(self, sites: list[Site], together: dict[str, Site]) -> list[Source]:
+        """Returns the discrete latents that the guide draws before a block's own, so that q is conditional on them.
+
+        Continuous latents come after discrete ones, in the model's order or ahead of it; of discrete ones each after
+        those before it. Not the turns of loops, of which most are drawn too late.
+        """
+        order, first, found = list(self.facts.sites), sites[0], list[Source]()
+        for other in self.discrete:
+            before = order.index(other.name) < order.index(first.name)
+            ahead = not first.discrete and other.plates == first.plates
+            loops = [plate for plate in other.plates if self.facts.plates[plate].first is not None]
+            if other.name in together and set(other.plates) <= set(first.plates) and (before or ahead) and not loops:
+                dims = tuple(self.facts.plates[plate].dim for plate in other.plates)
+                reaches = frozenset(site.name for site in sites)
+                source = Source(other.name, other.plates, None, dims, other.shape, reaches, feeds=other.name)
+                found.append(replace(source, kind=other.kind, categories=other.categories, drawn=True))
+        return found
 
     def _presence(self, sites: list[Site]) -> tuple[Level, ...]:
         """Returns what tells which elements of a table have data, where some may have none."""
@@ -311,6 +351,8 @@ class _Planner:
             exact_prior=coupled <= set(chains) and not any(s.children.intersection(names) for s in self.enumerated),
             chain=next((plate for plate in chains if plate in coupled), None),
             reach=reach,
+            logits=tuple(site.logits for site in sites),
+            distribution=sites[0].distribution,
         )
 
     # What cannot be.
@@ -323,12 +365,19 @@ class _Planner:
                 f"Pass the data that the posterior is conditioned on: {facts.empty[0]}=..."
             )
         for site in facts.sites.values():
-            if not site.observed and site.discrete and site in self.latents:
+            asked = any(site.name == other.name for other in self.discrete)
+            if asked and site.logits is None:
+                raise ValueError(
+                    f"plan_amortization: discrete latents that are amortized are Categorical, OneHotCategorical or "
+                    f"Bernoulli; '{site.name}' is none of these. Sum it out, or hide it from the guide: "
+                    f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                )
+            if not site.observed and site.discrete and site in self.latents and not asked:
                 raise ValueError(
                     f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
                     f"variable as documented in https://pyro.ai/examples/enumeration.html (in a model, in parallel: "
-                    f"infer={{'enumerate': 'parallel'}}), or hide it from the guide: "
-                    f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                    f"infer={{'enumerate': 'parallel'}}); or amortize it, encoder={{'{site.name}': MLP()}}; or hide it "
+                    f"from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
                 )
             above = [other for other in facts.latents if other.enumerated and site.name in other.children]
             if above and site.fixed and not (site.discrete or site.foreign):

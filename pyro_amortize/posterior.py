@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.distributions.transforms import ExpTransform
 
+from pyro_amortize.supports import undressed
+
 DRAWS = 4096
 
 
@@ -20,13 +21,15 @@ class Posterior:
 
     Values are in constrained space and have the shapes of the model's sites, plates included. Sites that the guide
     leaves to the model (imputed observations, forecasts) are not here; ``guide.predictive`` draws them. Discrete
-    latents that the model marks for enumeration are summed out of q: they have draws, but no moments.
+    latents that the model marks for enumeration are summed out of q: they have draws, but no moments. Discrete latents
+    that are amortized have ``probs``; sites whose encoder sees one of them are given its mode, in all but ``sample``.
 
     Args:
         sites: Distribution of every latent site that the guide samples.
         plates: Names of the plates around it, outer to inner.
         discrete: Draws the enumerated sites, given draws of the others (site -> shape (draws, *site's shape)) and
             their number. None without such sites.
+        joint: Draws so many times from all sites of the guide. None if these are independent.
     """
 
     def __init__(
@@ -34,10 +37,16 @@ class Posterior:
         sites: Mapping[str, TorchDistributionMixin],
         plates: Mapping[str, tuple[str, ...]],
         discrete: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
+        joint: Callable[[int], dict[str, Tensor]] | None = None,
     ) -> None:
         self.sites = dict(sites)
         self.plates = dict(plates)
         self.discrete = discrete
+        self.joint = joint
+
+    @property
+    def _continuous(self) -> dict[str, Any]:
+        return {name: fn for name, fn in self.sites.items() if not is_discrete(fn)}
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -45,17 +54,22 @@ class Posterior:
 
         Of the sites that the guide samples; those that are summed out have draws only.
         """
-        return {name: _moments(fn)[0] for name, fn in self.sites.items()}
+        return {name: _moments(fn)[0] for name, fn in self._continuous.items()}
 
     @property
     def stddev(self) -> dict[str, Tensor]:
         """Posterior standard deviations, found as the means are."""
-        return {name: _moments(fn)[1] for name, fn in self.sites.items()}
+        return {name: _moments(fn)[1] for name, fn in self._continuous.items()}
 
     @property
     def median(self) -> dict[str, Tensor]:
-        """Medians in unconstrained space, mapped to the support."""
-        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+        """Medians in unconstrained space, mapped to the support; of discrete sites the mode."""
+        return {name: typical(fn) for name, fn in self.sites.items()}
+
+    @property
+    def probs(self) -> dict[str, Tensor]:
+        """Probabilities of the discrete sites that are amortized, as the ``probs`` of their distributions."""
+        return {name: undressed(fn).probs for name, fn in self.sites.items() if is_discrete(fn)}
 
     def quantiles(self, quantiles: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """Returns quantiles of each dimension in unconstrained space, mapped to the support.
@@ -66,7 +80,7 @@ class Posterior:
         Returns:
             Site -> tensor of shape (number of quantiles, *site's shape).
         """
-        return {name: _quantiles(fn, quantiles) for name, fn in self.sites.items()}
+        return {name: _quantiles(fn, quantiles) for name, fn in self._continuous.items()}
 
     def sample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
         """Draws jointly from all sites.
@@ -81,12 +95,14 @@ class Posterior:
             Site -> tensor of shape (*sample_shape, *site's shape).
         """
         lead = Size(sample_shape)
-        draws = {name: fn.sample(lead) for name, fn in self.sites.items()}
-        if self.discrete is None or not math.prod(lead):
-            return draws
-        flat = {name: value.reshape((math.prod(lead), *value.shape[len(lead) :])) for name, value in draws.items()}
-        discrete = self.discrete(flat, math.prod(lead))
-        return {**draws, **{name: value.reshape(lead + value.shape[1:]) for name, value in discrete.items()}}
+        count = lead.numel()
+        if self.joint is None or not count:
+            draws = {name: fn.sample(Size([count])) for name, fn in self.sites.items()}
+        else:
+            draws = self.joint(count)
+        if self.discrete is not None and count:
+            draws |= self.discrete(draws, count)
+        return {name: value.reshape(lead + value.shape[1:]) for name, value in draws.items()}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns log q in nats of values in constrained space.
@@ -108,6 +124,25 @@ class Posterior:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(fn.shape())}" for name, fn in self.sites.items())
         return f"Posterior({shapes})"
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution of the guide's is discrete."""
+    return bool(fn.support.is_discrete)
+
+
+def typical(fn: Any) -> Tensor:
+    """Returns the median of each element of a distribution of the guide's; of a discrete one the mode."""
+    if not is_discrete(fn):
+        return _quantiles(fn, [0.5])[0]
+    base = undressed(fn)
+    if isinstance(base, torch.distributions.Bernoulli):
+        value = (base.logits > 0).to(base.logits.dtype)
+    elif isinstance(base, torch.distributions.OneHotCategorical):
+        value = torch.nn.functional.one_hot(base.logits.argmax(-1), base.logits.shape[-1]).to(base.logits.dtype)
+    else:
+        value = base.logits.argmax(-1)
+    return value.expand(fn.shape())
 
 
 def normal_underneath(fn: Any) -> tuple[Any, list[Any]] | None:
@@ -156,21 +191,15 @@ def _prior_moments(fn: Any) -> tuple[Tensor, Tensor]:
 def prior_median(fn: Any) -> Tensor:
     """Returns the median of each element of a distribution: in closed form, else of 4,096 draws of a fixed seed."""
     try:
-        value: Tensor = _undressed(fn).icdf(torch.tensor(0.5))
+        value: Tensor = undressed(fn).icdf(torch.tensor(0.5))
         return value.expand(fn.shape())
     except NotImplementedError:
         return _draws(fn).contiguous().median(0).values  # torch's median of an expanded tensor may be NaN
 
 
-def _undressed(fn: Any) -> Any:
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
 def _prior_quantiles(fn: Any, levels: Tensor) -> Tensor:
     try:
-        value: Tensor = _undressed(fn).icdf(levels.reshape((-1,) + (1,) * len(fn.shape())))
+        value: Tensor = undressed(fn).icdf(levels.reshape((-1,) + (1,) * len(fn.shape())))
         return value.expand((-1, *fn.shape()))
     except NotImplementedError:
         return torch.quantile(_draws(fn), levels, 0)

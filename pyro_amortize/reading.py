@@ -93,13 +93,14 @@ class Reader:
         self.model, self.plan, self.call, self.arguments = model, plan, call, arguments
         self.observations, self.inputs, self.kind = observations, inputs, kind
         self.indices: dict[str, Any] = {}
+        self.drawn: dict[str, Tensor] = {}
         self.looked_up: dict[str, Any] = {}
 
     def needs_looking_up(self) -> bool:
         """Whether some data or masks pass through no argument, so that only a run of the model shows them."""
         sources = [source for block in self.plan.blocks for source in block.sources]
         sites = {site for block in self.plan.blocks for level in block.levels for site in level.sites}
-        unseen = any(source.axes is None and source.feeds not in self.observations for source in sources)
+        unseen = any(s.axes is None and not s.drawn and s.feeds not in self.observations for s in sources)
         return unseen or any(site in self.plan.masks and self.plan.masks[site] is None for site in sites)
 
     def look_up(self, seed: int | None = None) -> list[Any]:
@@ -131,7 +132,7 @@ class Reader:
         for level in block.levels:
             levels.append([])
             for source in level.sources:
-                values = self._cells(block, source, plates)
+                values = self._drawn_cells(source, around) if source.drawn else self._cells(block, source, plates)
                 if values is None:
                     return None
                 cell_dim = values.dim() - len(source.plates) if source.name == FUNCTION else len(source.shape)
@@ -163,6 +164,25 @@ class Reader:
             return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
         argument = self._argument(source)
         return None if argument is None else pick_cells(source, argument, plates)
+
+    def _drawn_cells(self, source: Source, around: dict[str, Plate]) -> Tensor | None:
+        """Returns the values of a latent drawn before, as cells; values side by side keep their place to the left."""
+        value = self.drawn.get(source.name)
+        if value is None:  # of the planning call
+            node = self.looked_up.get("sites", {}).get(source.name)
+            value = None if node is None else node["value"]
+        if value is None:
+            return None
+        events, depth = len(source.shape), max((-plate.dim for plate in around.values()), default=0)
+        value = value.reshape((1,) * (depth + events - value.dim()) + value.shape)
+        sizes = list(value.shape)
+        axes = [around[name].dim - events for name in source.plates]
+        for axis, name in zip(axes, source.plates, strict=True):
+            sizes[axis] = around[name].size
+        lead = value.dim() - depth - events
+        value = value.expand(sizes).movedim(axes, list(range(lead, lead + len(axes))))
+        rest = range(lead + len(axes), lead + depth)  # other plates of the block, along which it does not vary
+        return value.squeeze(tuple(rest)) if rest else value
 
     def _argument(self, source: Source) -> Any:
         """Returns the argument that a source is, its cells picked where another argument says their places."""

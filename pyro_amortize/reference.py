@@ -25,7 +25,7 @@ from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
-from pyro_amortize.planner import plan_amortization
+from pyro_amortize.planner import plan_beside
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.structure import Plate, plates_of
 
@@ -152,8 +152,14 @@ def fit_optimum(
         NotImplementedError: A local site of the guide is neither normal nor log-normal.
     """
     kwargs = model_kwargs or {}
-    plan = plan_amortization(model, *args, **kwargs)
+    plan = plan_beside(model, guide, args, kwargs)
     locals_ = local_sites(plan)
+    discrete = [block.sites[0] for block in plan.blocks if block.is_discrete]
+    if discrete:
+        raise NotImplementedError(
+            f"fit_optimum: site '{discrete[0]}' of the guide is discrete; the optimum can be searched among normals "
+            f"only. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
+        )
     given = held_globals(model, guide, args, kwargs, plan, given)
     with preserved(model, guide) as held:
         conditioned = poutine.condition(model, data=dict(given))

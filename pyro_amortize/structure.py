@@ -89,6 +89,9 @@ class Site:
             for all rows together.
         unmasked: Whether a mask covers its prior (latents) where data depend on it all the same.
         enumerated: Whether it is a discrete latent that is marked to be summed out.
+        logits: Shape of the logits behind one entry of its value (discrete latents): (categories,) of a
+            ``Categorical``, () of others; None if it has no logits.
+        distribution: The name of its distribution, if it has logits.
     """
 
     name: str
@@ -107,6 +110,8 @@ class Site:
     mask: str | None = None
     row_plates: tuple[str, ...] = ()
     unmasked: bool = False
+    logits: tuple[int, ...] | None = None
+    distribution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Source:
         feeds: The observed site whose values it is.
         missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
         by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
+        drawn: Whether it is a discrete latent, whose value the guide draws before, or a call holds.
     """
 
     name: str
@@ -144,6 +150,7 @@ class Source:
     categories: int = 0
     missing: bool = False
     by_cell: bool = False
+    drawn: bool = False
 
     @property
     def width(self) -> int:
@@ -195,6 +202,11 @@ class Structure:
     params: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+
+    def site_of(self, name: str) -> Site:
+        """Returns a site by its name in the model, or the family that it is of."""
+        family = next((family for family in self.families if family.numbers(name) is not None), None)
+        return self.sites[name] if name in self.sites or family is None else self.sites[family.name]
 
     @property
     def latents(self) -> list[Site]:

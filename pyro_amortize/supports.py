@@ -58,6 +58,8 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
         return dressed(site, prior.base_dist, q).mask(prior._mask)
     if isinstance(prior, torch.distributions.Independent):
         return dressed(site, prior.base_dist, q).to_event(prior.reinterpreted_batch_ndims)
+    if q.support.is_discrete:
+        return q.to_event(prior.event_dim - q.event_dim)
     transform = bijection(site, prior)
     if isinstance(transform, ComposeTransform) and not transform.parts:
         return q.to_event(prior.event_dim)
@@ -98,6 +100,41 @@ def is_enumerated(site: Any) -> bool:
     """Tells whether a discrete latent is marked to be summed out, as ``TraceEnum_ELBO`` does in a model."""
     marked = not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
     return bool(marked and getattr(site["fn"], "has_enumerate_support", False))
+
+
+def logits_shape(fn: Any) -> tuple[int, ...] | None:
+    """Returns the shape of the logits behind one entry of a discrete value, None if there are none.
+
+    It is (categories,) of a ``Categorical``, and () of a ``Bernoulli`` and of a one-hot value.
+    """
+    base = undressed(fn)
+    if isinstance(base, (torch.distributions.Bernoulli, torch.distributions.OneHotCategorical)):
+        return ()
+    return tuple(base.logits.shape[-1:]) if isinstance(base, torch.distributions.Categorical) else None
+
+
+def prior_logits(fn: Any) -> Tensor:
+    """Returns the logits of a discrete distribution, of the shape of its values, then that of :func:`logits_shape`."""
+    logits: Tensor = undressed(fn).logits
+    return logits.expand(fn.shape() + (logits_shape(fn) or ()))
+
+
+def with_logits(prior: Any, logits: Tensor, present: Tensor | None) -> Any:
+    """Returns the distribution of a discrete prior's kind that has these logits, for elements that are present.
+
+    Others keep the prior's. There are no event dimensions but those of one-hot values.
+    """
+    if present is not None:
+        lacking = prior.event_dim + len(logits_shape(prior) or ())
+        logits = torch.where(present.reshape(present.shape + (1,) * lacking), logits, prior_logits(prior))
+    return type(undressed(prior))(logits=logits)
+
+
+def undressed(fn: Any) -> Any:
+    """Takes masks and the event dimensions of ``to_event`` off a distribution."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
 
 
 def generic_value(msg: Any) -> Tensor:
