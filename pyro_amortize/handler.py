@@ -176,7 +176,7 @@ class GuidedRun(Messenger):
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q
         if block.is_discrete:
-            msg["infer"] = {**msg["infer"], **self._enumerated()}
+            msg["infer"] = {**msg["infer"], **_enumeration_of(q)}
         if self.answering:
             self.found[name] = q
             self.plates[name] = tuple(plate for plate in block.plates if plate not in turn)
@@ -277,7 +277,7 @@ class GuidedRun(Messenger):
         if not names or given == {}:
             return
         if given is None or None in given.values():
-            self.reader.look_up()
+            self.reader.look_up(seed=0)
             nodes = self.reader.looked_up["sites"]
             given = {}
             for name in (name for name in names if name in nodes and nodes[name]["is_observed"]):
@@ -298,7 +298,8 @@ class GuidedRun(Messenger):
         parameters = self._block_parameters(block, stand_in)
         if parameters is not None:
             self._ahead[name] = False
-            pyro.sample(name, self._distribution(stand_in, block, 0, parameters, {}), infer=self._enumerated())
+            q = self._distribution(stand_in, block, 0, parameters, {})
+            pyro.sample(name, q, infer=_enumeration_of(q))
 
     def _take_drawn(self, msg: Any) -> None:
         """Lets a draw ahead pass to the outside; hides the model's own later site, which takes its value."""
@@ -310,12 +311,6 @@ class GuidedRun(Messenger):
             self.found[name], self.plates[name] = msg["fn"], self.plan.block_of(name).plates  # type: ignore[union-attr]
             msg["value"] = typical(msg["fn"])
         self._ahead[name] = True
-
-    @staticmethod
-    def _enumerated() -> dict[str, Any]:
-        """Says of a discrete site that all its values be tried side by side, where ``TraceEnum_ELBO`` asks for that."""
-        enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
-        return {"enumerate": "parallel" if enumerating else None}
 
     def _refuse_missing(self, block: Block) -> None:
         if self.answering:
@@ -388,6 +383,12 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             msg["is_observed"], msg["value"] = False, None
+
+
+def _enumeration_of(q: Any) -> dict[str, Any]:
+    """Says of a discrete site that all its values be tried side by side, where ``TraceEnum_ELBO`` runs the guide."""
+    enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+    return {"enumerate": "parallel" if enumerating and q.has_enumerate_support else None}
 
 
 def _of_turn(values: Tensor, plates: tuple[str, ...], sizes: list[int], turn: dict[str, int]) -> Tensor:
