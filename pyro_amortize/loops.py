@@ -204,14 +204,11 @@ def _merge(
     sizes: Mapping[str, int],
     nesting: int,
 ) -> dict[str, Any]:
-    own = [loop for loop in loops if loop in family.loops]
-    lead = [sizes[loop] if loop in own else 1 for loop in loops]
-    turns = {
-        tuple(
-            dict(zip(family.loops, numbers, strict=True)).get(loop, loops[loop]) - loops[loop] for loop in loops
-        ): name
-        for numbers, name in members.items()
-    }
+    lead = [sizes[loop] if loop in family.loops else 1 for loop in loops]
+    turns = {}
+    for numbers, name in members.items():
+        number = dict(zip(family.loops, numbers, strict=True))
+        turns[tuple(number.get(loop, first) - first for loop, first in loops.items())] = name
     example = sites[next(iter(turns.values()))]
     fn = without_masks(example["fn"])
     batch = (1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape)
@@ -245,7 +242,7 @@ def _merge(
         site["log_prob_sum"] = site["log_prob"].sum()
     frames = [frame for frame in example["cond_indep_stack"] if frame.vectorized]
     for i, loop in enumerate(loops):
-        if loop in own:
+        if loop in family.loops:
             frames.append(CondIndepStackFrame(loop, i - len(loops) - nesting, sizes[loop], 0, sizes[loop]))
     site["cond_indep_stack"] = tuple(frames)
     return site

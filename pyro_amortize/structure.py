@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -50,8 +51,12 @@ class Family:
 
     def numbers(self, site: str) -> tuple[int, ...] | None:
         """Returns the numbers in the name of a site of the family; None for other sites."""
-        match = re.fullmatch(r"(\d+)".join(re.escape(text) for text in self.texts), site)
+        match = self._pattern.fullmatch(site)
         return tuple(int(number) for number in match.groups()) if match else None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(r"(\d+)".join(re.escape(text) for text in self.texts))
 
 
 def plates_of(sites: Iterable[Any]) -> dict[str, Plate]:

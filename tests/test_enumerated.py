@@ -432,7 +432,7 @@ def test_a_guide_by_hand_is_trained_by_the_same_loss():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, 0.6))
 
-    assert enumerated_sites(mixture, guide, (X,), {}) == {"c": ("data",)}
+    assert enumerated_sites(mixture, guide, (X,), {})[0] == {"c": ("data",)}
     fit = fit_svi(mixture, guide, X, num_steps=300, lr=0.05, num_particles=4, seed=0, progress=False)
     assert mixture_evidence(X).sum() - 1 < fit.elbo < mixture_evidence(X).sum() + 3 * fit.elbo_se
 
@@ -443,7 +443,7 @@ def test_a_guide_by_hand_may_sample_what_is_marked():
             c = pyro.sample("c", dist.Categorical(tensor((0.5, 0.5))))
             pyro.sample("z", dist.Normal(tensor(CENTRES)[c], 1.0))
 
-    assert enumerated_sites(mixture, guide, (X,), {}) == {}
+    assert enumerated_sites(mixture, guide, (X,), {})[0] == {}
     found = log_densities(mixture, guide, (X,), {}, num_draws=3000, plate="data").log_ratio
     by_hand = torch.stack([math.log(2 * w) * torch.ones(8) for w in WEIGHTS])  # what c adds
     each = torch.stack([-0.5 * (((X - centre) / NOISE) ** 2 + 1 / NOISE**2) for centre in CENTRES])
