@@ -155,7 +155,7 @@ class AutoAmortized(AutoGuide):
         self.signature: inspect.Signature | None = None
         self._versions: list[int] = []
         self._exits: dict[Any, frozenset[str]] = {}
-        self._given: dict[Any, dict[str, Any]] = {}
+        self._given: dict[Any, bool] = {}
         self.discrete: dict[str, Any] = {}
 
     # Pyro's protocol.

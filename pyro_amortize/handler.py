@@ -101,8 +101,10 @@ class GuidedRun(Messenger):
 
     def examples(self) -> dict[str, Reading]:
         """Returns the data of every amortized block, as the call holds them."""
-        plates = plates_of(self.reader.look_up(seed=0))
+        sites = self.reader.look_up(seed=0)
+        plates = plates_of(sites)
         self.reader.indices = self.reader.looked_up["indices"]
+        self.reader.drawn = {site["name"]: site["value"] for site in sites}
         found = {}
         for block in self.plan.blocks:
             if block.amortized:
@@ -267,27 +269,23 @@ class GuidedRun(Messenger):
         return parameters
 
     def _find_given(self) -> None:
-        """Finds which of the discrete sites that encoders see are observed in this call, before the model is run.
+        """Finds what this call observes of the discrete sites that encoders see before the model comes to them.
 
-        A kind of call is looked up once, and again where no argument holds the values.
+        That takes a run of the model; where a call of this kind observed none of them, there is nothing to find.
         """
-        names = {source.name for block in self.plan.blocks for source in block.sources if source.drawn}
+        names = {source.name for block in self.plan.blocks for source in block.sources if source.ahead}
         key = self._kind_of_call() if names else None
-        given = self.guide._given.get(key)
-        if not names or given == {}:
+        if not names or self.guide._given.get(key) is False:
             return
-        if given is None or None in given.values():
+        if not self.reader.looked_up:
             self.reader.look_up(seed=0)
-            nodes = self.reader.looked_up["sites"]
-            given = {}
-            for name in (name for name in names if name in nodes and nodes[name]["is_observed"]):
-                same = (n for n, leaf in self.call.tensors.items() if leaf is nodes[name]["value"])
-                given[name] = next(same, None)
-                self.reader.drawn[name] = nodes[name]["value"]
-            if key is not None:
-                self.guide._given[key] = given
-        else:
-            self.reader.drawn |= {name: self.call.leaves[argument] for name, argument in given.items()}
+        nodes = self.reader.looked_up["sites"]
+        given = {name: nodes[name]["value"] for name in names if name in nodes and nodes[name]["is_observed"]}
+        self.reader.drawn |= given
+        if key is not None:
+            if len(self.guide._given) >= MOST_EXITS:
+                self.guide._given.clear()
+            self.guide._given[key] = bool(given)
 
     def _draw_ahead(self, name: str, msg: Any) -> None:
         """Draws a discrete site before the model comes to it, beside another in the same plates."""

@@ -264,7 +264,8 @@ class _Planner:
                 dims = tuple(self.facts.plates[plate].dim for plate in other.plates)
                 reaches = frozenset(site.name for site in sites)
                 source = Source(other.name, other.plates, None, dims, other.shape, reaches, feeds=other.name)
-                found.append(replace(source, kind=other.kind, categories=other.categories, drawn=True))
+                source = replace(source, kind=other.kind, categories=other.categories)
+                found.append(replace(source, drawn=True, ahead=not before))
         return found
 
     def _presence(self, sites: list[Site]) -> tuple[Level, ...]:

@@ -168,9 +168,6 @@ class Reader:
     def _drawn_cells(self, source: Source, around: dict[str, Plate]) -> Tensor | None:
         """Returns the values of a latent drawn before, as cells; values side by side keep their place to the left."""
         value = self.drawn.get(source.name)
-        if value is None:  # of the planning call
-            node = self.looked_up.get("sites", {}).get(source.name)
-            value = None if node is None else node["value"]
         if value is None:
             return None
         events, depth = len(source.shape), max((-plate.dim for plate in around.values()), default=0)

@@ -138,6 +138,7 @@ class Source:
         missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
         by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
         drawn: Whether it is a discrete latent, whose value the guide draws before, or a call holds.
+        ahead: Whether the model comes to that only later.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Source:
     missing: bool = False
     by_cell: bool = False
     drawn: bool = False
+    ahead: bool = False
 
     @property
     def width(self) -> int:
