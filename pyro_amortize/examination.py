@@ -67,11 +67,16 @@ def _structure(probes: Probes) -> Structure:
 
 
 def _is_loose(loop: str, facts: Structure) -> bool:
-    """Whether a loop only looks like one: sites with numbers in their names, but nothing that runs through them."""
+    """Whether a loop only looks like one: sites with numbers in their names, but nothing that runs through them.
+
+    Indicators or items of each row are such. Rows themselves, drawn in a loop, have an axis of an argument.
+    """
     inside = [site for site in facts.sites.values() if loop in site.plates]
     sources = [source for source in facts.sources if loop in source.plates]
     runs = any(site.markov or loop in site.couples for site in inside)
-    return facts.plates[loop].series and not runs and all(source.axes is None for source in sources)
+    runs = runs or any(loop in source.couples for source in sources)
+    are_rows = all(len(site.plates) == 1 for site in inside) and any(source.axes is not None for source in sources)
+    return facts.plates[loop].series and not runs and not are_rows
 
 
 def _unambiguous(links: list[Link]) -> list[Link]:

@@ -185,7 +185,7 @@ def amortization_gap(
     k_hat = (
         evidence.k_hat if robust is None else torch.where(evidence.k_hat > GOOD_ENOUGH, robust.k_hat, evidence.k_hat)
     )
-    warnings += _doubts(parts, k_hat, optimum, num_draws)
+    warnings += _doubts(parts, k_hat if per is not None else k_hat[:0], optimum, num_draws)
     warnings += _constant_doubt(conditioned, args, kwargs, options, encoded, best, log_ratio, sites)
     per_datum = _frame(parts, k_hat) if per is not None else None
     if per is None:
@@ -200,7 +200,7 @@ def _datum(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> tuple
         plan: The plan.
         around: The plates of each latent that is summed out.
     """
-    amortized = [block for block in plan.blocks if block.amortized]
+    amortized = [block for block in plan.blocks if block.amortized and block.plates]
     outer = min((block.plates for block in amortized), key=len)
     plate = next((name for name in outer if all(name in plates for plates in around)), outer[0])
     link = next((level.link for block in amortized for level in block.levels if level.link), None)

@@ -59,6 +59,7 @@ from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.reading import Reading
+from pyro_amortize.structure import Family
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
 
 
@@ -192,7 +193,7 @@ class AutoAmortized(AutoGuide):
             return
         facts = examine(self.model, args, kwargs)
         levels = {"/".join(site.plates) for site in facts.latents if site.plates}
-        tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels)
+        tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels, facts.families)
         plan = build_plan(facts, tables, apart, self.options["inputs"], self.options["encoder"])
         self._refuse_misplaced(plan)
         run = GuidedRun(self, args, kwargs, {}, plan=plan)
@@ -408,14 +409,15 @@ class AutoAmortized(AutoGuide):
 
     # Making the parts.
 
-    def _choices(self, known: set[str]) -> tuple[frozenset[str], frozenset[str]]:
+    def _choices(self, known: set[str], families: tuple[Family, ...]) -> tuple[frozenset[str], frozenset[str]]:
         """Returns which sites and plates have tables, and which sites an encoder of their own."""
         encoder, inputs = self.options["encoder"], self.options["inputs"]
         for option, value in (("encoder", encoder), ("inputs", inputs)):
             for key in value if isinstance(value, dict) else ():
                 if key not in known:
+                    of = next((f"; '{key}' is one of '{f.name}'" for f in families if f.numbers(key)), "")
                     raise ValueError(
-                        f"{type(self).__name__}: {option}={{'{key}': ...}} names no site or plate of the model. "
+                        f"{type(self).__name__}: {option}={{'{key}': ...}} names no site or plate of the plan{of}. "
                         f"Known: {sorted(known)}."
                     )
         if isinstance(encoder, dict):
@@ -446,10 +448,10 @@ class AutoAmortized(AutoGuide):
         for key, value in encoder.items() if isinstance(encoder, dict) else ():
             block = plan.block_of(key) or next((b for b in plan.blocks if is_of(key, b.plates) and b.amortized), None)
             if not isinstance(value, Table) and (block is None or not block.amortized):
-                raise ValueError(
-                    f"{type(self).__name__}: encoder={{'{key}': ...}}, but no rows of data inform '{key}'. "
-                    f"Leave it out: it has a table."
-                )
+                why = f"no rows of data inform '{key}'. Leave it out: it has a table"
+                if key in plan.observed:
+                    why = f"'{key}' is observed in this call. Initialize the guide by a call in which it is a latent"
+                raise ValueError(f"{type(self).__name__}: encoder={{'{key}': ...}}, but {why}.")
 
     def _encoder_of(self, block: Block) -> Encoder:
         encoder = encoder_for(self.options["encoder"], block.name, block.sites, block.plates)

@@ -151,7 +151,7 @@ class GuidedRun(Messenger):
             return
         if msg["is_observed"]:
             msg["stop"] = True
-            self._refuse_longer(name)
+            self._refuse_other_turns(name)
             self.reader.drawn[name] = msg["value"]
             return
         if name in self._ahead:
@@ -167,7 +167,8 @@ class GuidedRun(Messenger):
             if site not in self.plan.observed and site not in self.plan.foreign:
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
-                    f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'."
+                    f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'; a "
+                    f"loop whose length may change is recognized from two turns on."
                 )
             return
         parameters = self._block_parameters(block, msg) if block else None
@@ -210,9 +211,15 @@ class GuidedRun(Messenger):
         sizes = dict(zip(block.plates, self._sizes[block.name], strict=True))
         return all(position < sizes[loop] for loop, position in turn.items())
 
-    def _refuse_longer(self, name: str) -> None:
-        """Refuses data of more turns of a loop than a table has rows for."""
-        _, turn = self.plan.turn_of(name)
+    def _refuse_other_turns(self, name: str) -> None:
+        """Refuses data of turns of a loop before the first that is known, or of more than a table has rows for."""
+        site, turn = self.plan.turn_of(name)
+        if site not in self.plan.observed and not turn and any(f.numbers(name) for f in self.plan.families):
+            raise ValueError(
+                f"{type(self.guide).__name__}: '{name}' is observed, but stands before the first turn of its loop that "
+                f"was observed when the guide was initialized, so it would not be seen. Build a new guide and "
+                f"initialize it by a call that observes '{name}'."
+            )
         for loop in (loop for loop, position in turn.items() if position >= self.plan.plates[loop]):
             block = next((b for b in self.plan.blocks if loop in b.plates and not b.amortized), None)
             if block is not None:

@@ -209,7 +209,7 @@ def _merge(
     for numbers, name in members.items():
         number = dict(zip(family.loops, numbers, strict=True))
         turns[tuple(number.get(loop, first) - first for loop, first in loops.items())] = name
-    example = sites[next(iter(turns.values()))]
+    example = min((sites[name] for name in turns.values()), key=lambda site: bool(site["is_observed"]))
     fn = without_masks(example["fn"])
     batch = (1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape)
 

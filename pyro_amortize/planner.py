@@ -117,7 +117,9 @@ class _Planner:
         self.sources = [source for source in facts.sources if source.name not in unseen]
         # A global with an encoder of its own is local to the data set.
         self.locals = {
-            site.name: site for site in self.latents if self._is_encoded_global(site) or self._is_local(site)
+            site.name: site
+            for site in self.latents
+            if self._is_encoded_global(site) or self._is_start(site) or self._is_local(site)
         }
         self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
         self.judge = Judge(facts, self.ways, self.sources, self._has_table, self._is_by_function)
@@ -127,7 +129,7 @@ class _Planner:
         grouped: dict[str, list[Site]] = {}
         for site in self.latents:
             together = site.name in self.locals and not self._has_table(site) and site.name not in self.apart
-            grouped.setdefault("/".join(site.plates) if together else site.name, []).append(site)
+            grouped.setdefault("/".join(site.plates) if together and site.plates else site.name, []).append(site)
         blocks, verdicts = [], []
         for name, sites in grouped.items():
             site, verdict, reach = sites[0], None, None
@@ -183,6 +185,11 @@ class _Planner:
         rows = [other for name in informed if (other := self.facts.sites[name]).observed]
         data: list[Site | Source] = [*rows, *(source for source in self.sources if source.reaches & informed)]
         return any(self.ways.covers(row.plates, site.plates) for row in data) and not self._is_partial(site, rows)
+
+    def _is_start(self, site: Site) -> bool:
+        """Whether a site outside all plates stands before the first turn of a single series, as its initial state."""
+        numbered = any(family.numbers(site.name) is not None for family in self.facts.families)
+        return numbered and not site.plates and not self._has_table(site)
 
     def _is_encoded_global(self, site: Site) -> bool:
         if site.plates or site.name not in self.apart or site.name in self.tables:
@@ -260,10 +267,12 @@ class _Planner:
             before = order.index(other.name) < order.index(first.name)
             ahead = not first.discrete and other.plates == first.plates
             loops = [plate for plate in other.plates if self.facts.plates[plate].first is not None]
-            if other.name in together and set(other.plates) <= set(first.plates) and (before or ahead) and not loops:
-                dims = tuple(self.facts.plates[plate].dim for plate in other.plates)
+            dims = tuple(self.facts.plates[plate].dim for plate in other.plates)
+            beside = -min(dims, default=0) - len(dims)  # axes of its batch that no plate of its own takes
+            plain = math.prod(other.shape[:beside]) == 1 and not loops
+            if other.name in together and set(other.plates) <= set(first.plates) and (before or ahead) and plain:
                 reaches = frozenset(site.name for site in sites)
-                source = Source(other.name, other.plates, None, dims, other.shape, reaches, feeds=other.name)
+                source = Source(other.name, other.plates, None, dims, other.shape[beside:], reaches, feeds=other.name)
                 source = replace(source, kind=other.kind, categories=other.categories)
                 found.append(replace(source, drawn=True, ahead=not before))
         return found

@@ -124,7 +124,8 @@ class Reader:
             raise NotImplementedError(
                 f"{self.kind}: the sleep phase passes new values of {list(self.observations)}, but "
                 f"they cannot be put in the place of the inputs {list(block.inputs)} of '{block.sites[0]}'. Pass the "
-                f"observed values themselves as arguments of the model."
+                f"observed values themselves as arguments of the model; for the sites of a loop there is no sleep "
+                f"phase: ReweightedWakeSleep(insomnia=1.0)."
             )
         axes = list(dict.fromkeys([*block.plates, *(name for level in block.levels for name in level.plates)]))
         sizes = {name: present.size for name, present in plates.items()}

@@ -213,9 +213,14 @@ class SourceProbes:
         return _Claim(plate, axis, indexed, frozenset(reaches), couples, None, every), differs, touched
 
     def _is_of_one_element(self, moved: dict[str, Tensor], plate: Plate) -> bool:
-        """Whether all that moved stands in one element of another plate, as with the series in a list of series."""
+        """Whether all that moved stands in one element of another plate, as with the series in a list of series.
+
+        But what enters one turn of a series alone may well be data of each series: a state that it starts from.
+        """
         for name in moved:
             for other in self.probes.frames(name):
+                if other.series and not plate.series:
+                    continue
                 if other != plate and int((self.probes.rows(moved, name, other) > 0).sum()) == 1 and other.size > 1:
                     return True
         return False

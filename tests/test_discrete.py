@@ -265,6 +265,24 @@ def test_plain_draws_are_independent_of_enumeration():
     assert poutine.trace(guide).get_trace(x).nodes["c"]["infer"].get("enumerate") is None
 
 
+def schools(y):
+    with pyro.plate("schools", y.shape[0], dim=-2):
+        c = pyro.sample("c", dist.Categorical(torch.tensor([0.4, 0.6])))
+        z = pyro.sample("z", normal(2.0 * c))
+        with pyro.plate("students", y.shape[1], dim=-1):
+            pyro.sample("y", normal(z), obs=y)
+
+
+def test_a_discrete_site_in_an_outer_plate():
+    y = torch.randn(5, 3)
+    guide = stirred(initialized(schools, y, encoder={"c": MLP()}))
+    together = TraceEnum_ELBO(max_plate_nesting=2, num_particles=400, vectorize_particles=True)
+    sampled = torch.tensor([-Trace_ELBO().loss(schools, guide, y) for _ in range(1500)])
+    error = float(sampled.std()) / 1500**0.5
+    assert abs(-together.loss(schools, guide, y) - float(sampled.mean())) < 6 * error
+    assert guide.posterior(y[:2, :2]).sample((3,))["z"].shape == (3, 2, 1)
+
+
 # Answers.
 
 
@@ -362,5 +380,5 @@ def test_errors():
     with pytest.raises(ValueError, match=r"discrete sample site 'c'"):
         initialized(mixture, x, encoder=Table())
     semi = Semi(True, False)
-    with pytest.raises(ValueError, match=r"names no site|no rows of data inform 'y'"):
+    with pytest.raises(ValueError, match=r"'y' is observed in this call. Initialize the guide by a call"):
         initialized(semi.model, torch.randn(6, 4), torch.zeros(6, dtype=torch.long), encoder={"y": MLP()})

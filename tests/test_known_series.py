@@ -493,3 +493,89 @@ def test_encoders_by_name():
         guide = AutoAmortizedNormal(state_space, encoder={key: Window(1)})
         guide.initialize(x)
         assert guide.plan.block_of("z_1").reach.radius == 1
+
+
+# What stands at the start.
+
+
+def test_an_observed_first_state_and_one_that_is_an_argument_are_inputs():
+    def observed(x, start):
+        with pyro.plate("series", len(x)):
+            z = x.new_zeros(len(x))
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0), obs=start if t == 0 else None)
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def argument(x, start):
+        with pyro.plate("series", len(x)):
+            z = start
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x, start = torch.randn(6, 4), torch.randn(6)
+    for model, latents in ((observed, range(1, 4)), (argument, range(4))):
+        guide = AutoAmortizedNormal(model)
+        guide.initialize(x, start)
+        (block,) = guide.plan.blocks
+        assert set(block.inputs) == {"x", "start"}
+        assert guide.plan.verdict.closable is True
+        here, moved = guide.posterior(x, start).mean, guide.posterior(x, start + 5).mean
+        assert set(here) == {f"z_{t}" for t in latents}
+        assert bool((here["z_2"] != moved["z_2"]).all())
+
+
+def test_the_first_state_of_a_single_series_is_encoded_from_it():
+    def model(x):
+        z = pyro.sample("z_0", dist.Normal(0.0, 1.0))
+        for t in range(1, len(x) + 1):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t - 1])
+
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(torch.randn(6))
+    assert guide.plan.block_of("z_0").inputs == ("x",)
+    assert guide.median(torch.randn(3))["z_0"] != guide.median(torch.randn(3))["z_0"]
+    assert math.isfinite(fit_svi(model, guide, torch.randn(6), num_steps=5, progress=False).elbo)
+
+
+def test_data_of_turns_before_those_that_are_known_are_refused():
+    def model(x):
+        z = torch.zeros(())
+        for t, value in enumerate(x):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            if value is not None:
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=value)
+
+    one = torch.tensor(1.0)
+    guide = AutoAmortizedNormal(model)
+    guide.initialize([None, one, 2 * one, None, -one])
+    assert len(guide.median([None, one, None, None, one, 2 * one])) == 6
+    with pytest.raises(ValueError, match="'x_0' is observed, but stands before the first turn"):
+        guide.median([one, one, one])
+    with pytest.raises(ValueError, match=r"'z_2' is one of 'z_\*'"):
+        AutoAmortizedNormal(model, encoder={"z_2": MLP()}).initialize([one, 2 * one, -one])
+
+
+def test_indicators_and_items_with_numbers_are_no_series():
+    def indicators(y):
+        with pyro.plate("n", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            for j in range(y.shape[1]):
+                e = pyro.sample(f"e_{j}", dist.Normal((j + 1) * theta, 1.0))
+                pyro.sample(f"y_{j}", dist.Normal(e, 1.0 + j), obs=y[:, j])
+
+    def items(y):
+        persons = pyro.plate("n", len(y))
+        with persons:
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        for j in range(y.shape[1]):
+            difficulty = pyro.sample(f"difficulty_{j}", dist.Normal(0.0, 1.0))
+            with persons:
+                pyro.sample(f"y_{j}", dist.Normal(theta - difficulty, 1.0), obs=y[:, j])
+
+    plan = plan_amortization(indicators, torch.randn(8, 3))
+    assert [block.sites for block in plan.blocks] == [("theta", "e_0", "e_1", "e_2")]
+    assert plan.verdict.closable is True
+    plan = plan_amortization(items, torch.randn(8, 3))
+    assert [block.amortized for block in plan.blocks] == [True, False, False, False]
