@@ -29,7 +29,6 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
 
     Raises:
         ValueError: An argument is a numpy array.
-        NotImplementedError: A site stands in a sequential plate.
     """
     call = Call(model, args, kwargs)
     for name, value in call.leaves.items():
@@ -40,8 +39,9 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
             )
     model, hides = opened(model)
     with preserved(model, evaluating=True):
-        facts = _structure(Probes(HeldRun(model, call), hides))
-        loose = frozenset(name for name in facts.plates if _is_loose(name, facts))
+        probes = Probes(HeldRun(model, call), hides)
+        facts = _structure(probes)
+        loose = frozenset(name for name in probes.loops if _is_loose(name, facts, probes))
         return _structure(Probes(HeldRun(model, call), hides, loose)) if loose else facts
 
 
@@ -66,11 +66,14 @@ def _structure(probes: Probes) -> Structure:
     return Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
 
 
-def _is_loose(loop: str, facts: Structure) -> bool:
+def _is_loose(loop: str, facts: Structure, probes: Probes) -> bool:
     """Whether a loop only looks like one: sites with numbers in their names, but nothing that runs through them.
 
-    Indicators or items of each row are such. Rows themselves, drawn in a loop, have an axis of an argument.
+    Indicators or items of each row are such. Rows themselves, drawn in a loop, have an axis of an argument. Latents
+    drawn in a loop of their own have to reach the data of their turn first.
     """
+    if any(frame.name == loop for site in probes.unmerged.values() for frame in site["cond_indep_stack"]):
+        return facts.plates[loop].series and not LatentProbes(probes).reach_in_turn(loop)
     inside = [site for site in facts.sites.values() if loop in site.plates]
     sources = [source for source in facts.sources if loop in source.plates]
     runs = any(site.markov or loop in site.couples for site in inside)

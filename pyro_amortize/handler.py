@@ -246,7 +246,8 @@ class GuidedRun(Messenger):
         if block.name in self._parameters:
             return self._parameters[block.name]
         around = plates_of([msg])
-        plates = {name: around[name] for name in block.plates if name not in self.plan.loops}
+        _, turn = self.plan.turn_of(msg["name"])
+        plates = {name: around[name] for name in block.plates if name not in turn}
         coder = self.guide.coder_of(block)
         for source in block.sources:
             if source.drawn and source.name not in self.reader.drawn:

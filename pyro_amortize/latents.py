@@ -48,7 +48,8 @@ class LatentProbes:
         one = site.get("example", site)
         whole = one["fn"].shape() if discrete else unconstrained_shape(one)
         batch = len(one["fn"].batch_shape)
-        kept = tuple(size for i, size in enumerate(whole) if i - batch not in {plate.dim for plate in plates})
+        dims = {frame.dim for frame in one["cond_indep_stack"] if frame.vectorized}
+        kept = tuple(size for i, size in enumerate(whole) if i - batch not in dims)
         if discrete:
             kind, categories = kind_of(site["fn"])
             facts |= {"fixed": True, "discrete": True, "kind": kind, "categories": categories}
@@ -61,6 +62,22 @@ class LatentProbes:
         if not discrete:
             facts["row_plates"] = self._row_plates(name, children)
         return Site(name, False, names, kept, children, couples, **facts)
+
+    def reach_in_turn(self, loop: str) -> bool:
+        """Replaces latents of single turns of a loop; tells whether each reaches data of its turn, and none before."""
+        plate = self.probes.plates[loop]
+        for name in (family.name for family in self.probes.families if loop in family.loops):
+            torch.manual_seed(7)
+            fresh = generic_value(self.probes.factors[name])
+            for turn in {0, plate.size // 2, plate.size - 1}:
+                chosen = {loop: torch.arange(plate.size) == turn}
+                moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
+                data = [n for n in self.probes.members(plate) if self.probes.factors[n]["is_observed"]]
+                where = [self.probes.rows(moved, n, plate) > 0 for n in data] if moved else []
+                first = [int(rows.nonzero()[0]) for rows in where if bool(rows.any())]
+                if not first or min(first) != turn:
+                    return False
+        return True
 
     def _row_plates(self, name: str, children: frozenset[str]) -> tuple[str, ...]:
         """Replaces half of the entries of a global vector; tells of which plates just those rows move."""

@@ -66,20 +66,24 @@ def find_loops(sites: Mapping[str, Any]) -> tuple[tuple[Family, ...], dict[str, 
         clusters = [c for c in clusters if c not in near] + [[candidate, *(x for c in near for x in c)]]
     families: list[Family] = []
     spans: dict[str, tuple[int, int]] = {}
+    loops: dict[str, Plate] = {}
     for cluster in clusters:
         turns = [numbers for candidate in cluster if candidate.observed for numbers in candidate.places]
+        plate = None if turns else _plate_of_data(cluster, sites)
+        if plate is not None:
+            loops[plate.name] = plate
+            families += [Family(candidate.texts, (plate.name,)) for candidate in cluster]
         if not turns or all(candidate.observed for candidate in cluster):
             continue
         names = []
-        for i, plate in enumerate(cluster[0].plates):
-            name = plate or f"steps{'' if 'steps' not in spans else '_' + str(len(spans) + 1)}"
+        for i, sequential in enumerate(cluster[0].plates):
+            name = sequential or f"steps{'' if 'steps' not in spans else '_' + str(len(spans) + 1)}"
             span = min(turn[i] for turn in turns), max(turn[i] for turn in turns) + 1
             first, stop = spans.get(name, span)
             spans[name] = min(first, span[0]), max(stop, span[1])
             names.append(name)
         families += [Family(candidate.texts, tuple(names)) for candidate in cluster]
-    nesting = nesting_of(sites.values())
-    loops = {}
+    nesting = max((-f.dim for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized), default=0)
     for i, (name, (first, stop)) in enumerate(spans.items()):
         series = all(name != frame.name for site in sites.values() for frame in site["cond_indep_stack"])
         size = stop - first
@@ -87,9 +91,19 @@ def find_loops(sites: Mapping[str, Any]) -> tuple[tuple[Family, ...], dict[str, 
     return tuple(families), loops
 
 
-def nesting_of(sites: Iterable[Any]) -> int:
-    """Returns how many dimensions the vectorized plates around sites take."""
-    return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=0)
+def _plate_of_data(cluster: list[_Candidate], sites: Mapping[str, Any]) -> Plate | None:
+    """Finds the plate of the data of latents that are drawn in a loop of their own before: one element a turn."""
+    named = list(sites.values())
+    places = [place for candidate in cluster for place in candidate.places.values()]
+    numbers = sorted({turn for candidate in cluster for turn in candidate.places})
+    if cluster[0].plates != (None,) or len(numbers) < 3 or numbers[-1][0] - numbers[0][0] + 1 != len(numbers):
+        return None
+    inside = {frame.name for place in places for frame in named[place]["cond_indep_stack"]}
+    for site in named[max(places) + 1 :]:
+        for frame in site["cond_indep_stack"] if site["is_observed"] else ():
+            if frame.vectorized and frame.size == len(numbers) and frame.name not in inside:
+                return Plate(frame.name, frame.dim, len(numbers), len(numbers), first=numbers[0][0], series=True)
+    return None
 
 
 def _candidates(sites: Mapping[str, Any]) -> list[_Candidate]:
@@ -143,33 +157,32 @@ def merged(sites: Mapping[str, Any], families: Iterable[Family], loops: Mapping[
     Args:
         sites: The nodes of a trace, with or without ``log_prob``.
         families: The families.
-        loops: The number of the first turn of each loop, outer to inner.
+        loops: The number of the first turn of each loop, outer to inner. One with the name of a plate takes its place.
 
     Returns:
         The nodes. A merged one holds under "members" the place and the shape of each site's value in its own.
     """
+    frames = [f for site in sites.values() if site["type"] == "sample" for f in site["cond_indep_stack"]]
+    frames = [frame for frame in frames if frame.vectorized]
+    nesting = max((-frame.dim for frame in frames), default=0)
     found = {family: _members(family, sites, loops) for family in families}
-    found = {family: members for family, members in found.items() if members}
-    stops = _stops(found, sites, loops)
-    found = {
-        family: {
-            numbers: name
-            for numbers, name in members.items()
-            if all(n < stops[loop] for n, loop in zip(numbers, family.loops, strict=True))
-        }
-        for family, members in found.items()
-    }
-    nesting = nesting_of(site for site in sites.values() if site["type"] == "sample")
-    first = {next(iter(members.values())): family for family, members in found.items() if members}
-    gone = {name for members in found.values() for name in members.values()}
+    stops = _stops(found, sites, loops) | {f.name: loops[f.name] + int(f.size) for f in frames if f.name in loops}
+    dims = {f.name: f.dim for f in frames if f.name in loops}
+    apart = [loop for loop in loops if loop not in dims]
+    dims |= {loop: i - len(apart) - nesting for i, loop in enumerate(apart)}
+    turns: dict[str, Family] = {}
+    for family, members in found.items():
+        ends = [stops[loop] for loop in family.loops]
+        inside = {k: name for k, name in members.items() if all(n < end for n, end in zip(k, ends, strict=True))}
+        found[family] = inside
+        turns |= dict.fromkeys(inside.values(), family)
+    grid = _Grid({loop: (dims[loop], loops[loop], stops[loop] - loops[loop]) for loop in loops}, nesting + len(apart))
     nodes = {}
     for name, site in sites.items():
-        if name in first:
-            family = first[name]
-            sizes = {loop: stops[loop] - loops[loop] for loop in loops if loop in stops}
-            nodes[family.name] = _merge(family, found[family], sites, loops, sizes, nesting)
-        elif name not in gone:
+        if name not in turns:
             nodes[name] = site
+        elif turns[name].name not in nodes:
+            nodes[turns[name].name] = grid.merge(turns[name], found[turns[name]], sites)
     return nodes
 
 
@@ -196,56 +209,73 @@ def _stops(
     return stops
 
 
-def _merge(
-    family: Family,
-    members: dict[Numbers, str],
-    sites: Mapping[str, Any],
-    loops: Mapping[str, int],
-    sizes: Mapping[str, int],
-    nesting: int,
-) -> dict[str, Any]:
-    lead = [sizes[loop] if loop in family.loops else 1 for loop in loops]
-    turns = {}
-    for numbers, name in members.items():
-        number = dict(zip(family.loops, numbers, strict=True))
-        turns[tuple(number.get(loop, first) - first for loop, first in loops.items())] = name
-    example = min((sites[name] for name in turns.values()), key=lambda site: bool(site["is_observed"]))
-    fn = without_masks(example["fn"])
-    batch = (1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape)
+@dataclass(frozen=True)
+class _Grid:
+    """Where the turns of loops stand in a merged site.
 
-    def stacked(values: Mapping[str, Tensor], event_dim: int) -> Tensor:
-        shapes = {n: torch.broadcast_shapes(v.shape, batch + v.shape[v.dim() - event_dim :]) for n, v in values.items()}
-        whole = {name: value.expand(shapes[name]) for name, value in values.items()}
-        absent = torch.zeros_like(next(iter(whole.values())))
-        flat = [whole[turns[turn]] if turn in turns else absent for turn in product(*map(range, lead))]
-        return torch.stack(flat).reshape(*lead, *absent.shape)
+    Attributes:
+        loops: Name -> dim, number of the first turn, number of turns.
+        depth: How many dimensions plates and loops take.
+    """
 
-    mine = {name: sites[name] for name in turns.values()}
-    event_dim = len(fn.event_shape)
-    site = {
-        **example,
-        "name": family.name,
-        "fn": fn.expand(torch.Size([*lead, *batch])),
-        "value": stacked({name: s["value"] for name, s in mine.items()}, event_dim),
-        "mask": None,
-        "example": example,
-        "members": {name: (turn, sites[name]["value"].shape) for turn, name in turns.items()},
-    }
-    masks = {name: site_mask(s) for name, s in mine.items()}
-    if len(turns) < math.prod(lead) or any(mask is not None for mask in masks.values()):
-        entries = {n: torch.ones_like(s["value"], dtype=torch.bool) for n, s in mine.items()}
-        entries |= {n: mask.expand(entries[n].shape) for n, mask in masks.items() if mask is not None}
-        site["entries"] = stacked(entries, event_dim)
-        site["mask"] = site["entries"].flatten(-event_dim).all(-1) if event_dim else site["entries"]
-    if "log_prob" in example:
-        site["log_prob"] = stacked({name: s["log_prob"] for name, s in mine.items()}, 0)
-        site["log_prob_sum"] = site["log_prob"].sum()
-    frames = [frame for frame in example["cond_indep_stack"] if frame.vectorized]
-    for i, loop in enumerate(loops):
-        if loop in family.loops:
-            frames.append(CondIndepStackFrame(loop, i - len(loops) - nesting, sizes[loop], 0, sizes[loop]))
-    site["cond_indep_stack"] = tuple(frames)
-    return site
+    loops: dict[str, tuple[int, int, int]]
+    depth: int
+
+    def merge(self, family: Family, members: dict[Numbers, str], sites: Mapping[str, Any]) -> dict[str, Any]:
+        places = [self.loops[loop] for loop in family.loops]
+        sizes = [size for _, _, size in places]
+        turns = {
+            tuple(n - first for n, (_, first, _) in zip(numbers, places, strict=True)): name
+            for numbers, name in members.items()
+        }
+        mine = {name: sites[name] for name in turns.values()}
+        example = min(mine.values(), key=lambda site: bool(site["is_observed"]))
+        fn = without_masks(example["fn"])
+        batch = (1,) * (self.depth - len(fn.batch_shape)) + tuple(fn.batch_shape)
+        event_dim = len(fn.event_shape)
+
+        def stacked(values: Mapping[str, Tensor], event_dim: int) -> Tensor:
+            whole = {
+                n: v.expand(torch.broadcast_shapes(v.shape, batch + v.shape[v.dim() - event_dim :]))
+                for n, v in values.items()
+            }
+            absent = torch.zeros_like(next(iter(whole.values())))
+            value = torch.stack([whole[turns[t]] if t in turns else absent for t in product(*map(range, sizes))])
+            value = value.reshape(*sizes, *absent.shape)
+            for dim, _, _ in places:  # each loop's axis takes the place of one of length one
+                value = value.transpose(0, dim - event_dim).squeeze(0)
+            return value
+
+        dims = [dim for dim, _, _ in places]
+        shape = [dict(zip(dims, sizes, strict=True)).get(i - self.depth, size) for i, size in enumerate(batch)]
+        index = {}
+        for turn, name in turns.items():
+            where = dict(zip(dims, turn, strict=True))
+            index[name] = tuple(where.get(i - self.depth, slice(None)) for i in range(self.depth))
+        site = {
+            **example,
+            "name": family.name,
+            "fn": fn.expand(torch.Size(shape)),
+            "value": stacked({name: s["value"] for name, s in mine.items()}, event_dim),
+            "mask": None,
+            "example": example,
+            "members": {name: (index[name], s["value"].shape) for name, s in mine.items()},
+        }
+        masks = {name: site_mask(s) for name, s in mine.items()}
+        if len(turns) < math.prod(sizes) or any(mask is not None for mask in masks.values()):
+            entries = {n: torch.ones_like(s["value"], dtype=torch.bool) for n, s in mine.items()}
+            entries |= {n: mask.expand(entries[n].shape) for n, mask in masks.items() if mask is not None}
+            site["entries"] = stacked(entries, event_dim)
+            site["mask"] = site["entries"].flatten(-event_dim).all(-1) if event_dim else site["entries"]
+        if "log_prob" in example:
+            site["log_prob"] = stacked({name: s["log_prob"] for name, s in mine.items()}, 0)
+            site["log_prob_sum"] = site["log_prob"].sum()
+        frames = [frame for frame in example["cond_indep_stack"] if frame.vectorized]
+        frames += [
+            CondIndepStackFrame(loop, dim, n, 0, n) for loop, (dim, _, n) in self.loops.items() if loop in family.loops
+        ]
+        site["cond_indep_stack"] = tuple(frames)
+        return site
 
 
 def split(values: Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -255,6 +285,6 @@ def split(values: Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[str, T
         if "members" not in sites.get(name, {}):
             found[name] = value
             continue
-        for member, (turn, shape) in sites[name]["members"].items():
-            found[member] = value[turn].reshape(shape)
+        for member, (index, shape) in sites[name]["members"].items():
+            found[member] = value[index].reshape(shape)
     return found

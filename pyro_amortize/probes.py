@@ -38,6 +38,7 @@ class Probes:
         loose: Names of loops that are not to be seen as such.
         base: The nodes of the base run's trace.
         families: Sites that loops number, each family one site in all that follows.
+        unmerged: The sites with a density as they are in the model.
         loops: The loops, as plates.
         plates: Its plates, by name.
         factors: Its sites with a density, by name.
@@ -52,12 +53,14 @@ class Probes:
     base: dict[str, Any] = field(init=False)
     plates: dict[str, Plate] = field(init=False)
     noise: float = field(init=False)
+    unmerged: dict[str, Any] = field(init=False)
     families: tuple[Family, ...] = field(init=False)
     loops: dict[str, Plate] = field(init=False)
 
     def __post_init__(self) -> None:
         self.held.run()  # draws the latents; from here on the random state runs alike
-        families, loops = find_loops(_factors(self.held.run()))
+        self.unmerged = _factors(self.held.run())
+        families, loops = find_loops(self.unmerged)
         self.families = tuple(family for family in families if not self.loose & set(family.loops))
         self.loops = {name: plate for name, plate in loops.items() if name not in self.loose}
         self.held.families = self.families

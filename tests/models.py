@@ -682,6 +682,16 @@ def tones(x):
                 pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
 
 
+@zoo(reals(STEPS), steps("z", "x"), series=("z_*",), plates={"z_*": ("n", "time")}, closable=False)
+def states_first(x):
+    with pyro.plate("n", len(x), dim=-2):
+        states = [x.new_zeros(len(x), 1)]
+        for t in range(x.shape[1]):
+            states.append(pyro.sample(f"z_{t}", dist.Normal(states[-1], 1.0)))
+        with pyro.plate("time", x.shape[1], dim=-1):
+            pyro.sample("x", dist.Normal(torch.cat(states[1:], -1), 1.0), obs=x)
+
+
 @zoo(reals(STEPS), {"e": {"x"}}, plates={"e": ("n", "time")}, closable=False)
 def random_walk(x):
     with pyro.plate("n", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1):

@@ -468,6 +468,31 @@ def test_two_loops_keep_apart():
     assert len(guide.median(torch.randn(2, 4), torch.randn(2, 2))) == 6
 
 
+def test_latents_in_a_loop_before_the_plate_of_their_data():
+    def model(x):
+        z, states = torch.zeros(()), []
+        for t in range(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            states.append(z)
+        with pyro.plate("time", len(x)):
+            pyro.sample("x", dist.Normal(torch.stack(states, -1), 1.0), obs=x)
+
+    x = torch.randn(6)
+    plan = plan_amortization(model, x)
+    assert plan.block_of("z_1").plates == ("time",)
+    guide = trained(model, Window(5, (), along="time"), x, num_steps=1500, lr=0.03)
+    mean = torch.linalg.solve(hmm_precision(6), x)
+    torch.testing.assert_close(stacked(guide.posterior(x).mean, 6), mean, atol=0.05, rtol=0)
+    assert len(guide.posterior(torch.randn(9)).mean) == 9
+
+    def components(x):
+        centres = [pyro.sample(f"mu_{k}", dist.Normal(0.0, 5.0)) for k in range(6)]
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(sum(centres), 1.0), obs=x)
+
+    assert not any(block.amortized for block in plan_amortization(components, x).blocks)
+
+
 # Bad input.
 
 
