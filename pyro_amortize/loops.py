@@ -110,7 +110,10 @@ def _candidates(sites: Mapping[str, Any]) -> list[_Candidate]:
     groups: dict[Any, dict[str, int]] = {}
     for place, (name, site) in enumerate(sites.items()):
         texts = tuple(re.split(r"\d+", name))
-        frames = tuple((f.name, f.dim, f.size if f.vectorized else None) for f in site["cond_indep_stack"])
+        # Around data, a plate may be made anew in each turn, with the turn in its name.
+        named = [re.sub(r"\d+", "", f.name) if site["is_observed"] else f.name for f in site["cond_indep_stack"]]
+        sized = ((f.dim, f.size if f.vectorized else None) for f in site["cond_indep_stack"])
+        frames = tuple(zip(named, sized, strict=True))
         fn = site["fn"]
         kind = (frames, fn.batch_shape, fn.event_shape, site["is_observed"], str(fn.support))
         groups.setdefault((texts, kind), {})[name] = place

@@ -438,6 +438,27 @@ def test_steps_in_a_list():
     assert len(with_lists.median(x[:2])) == 2
 
 
+def test_plates_of_data_may_be_made_anew_in_each_step():
+    def model(x, anew):
+        with pyro.plate("series", len(x), dim=-2):
+            z, tones = torch.zeros(len(x), 1), pyro.plate("tones", x.shape[2], dim=-1)
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                with pyro.plate(f"tones_{t}", x.shape[2], dim=-1) if anew else tones:
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x, medians = torch.randn(6, 5, 3), []
+    for anew in (False, True):
+        pyro.set_rng_seed(0)
+        guide = AutoAmortizedNormal(model, encoder=Recurrent(gru_dim=4))
+        guide.initialize(x, anew)
+        assert guide.plan.block_of("z_2").plates == ("series", "steps")
+        medians.append(guide.median(torch.cat([x, x[:, :2]], 1), anew))
+    assert len(medians[1]) == 7
+    for name, value in medians[0].items():
+        torch.testing.assert_close(medians[1][name], value)
+
+
 def test_numbered_sites_that_nothing_runs_through_are_no_series():
     def model(views):
         with pyro.plate("n", len(views[0])):

@@ -69,7 +69,7 @@ def run(example: Example, root: Path, steps: int | None = None) -> dict[str, Any
             try:
                 elbo, made = train(example, root, which, seed, steps)
             except Exception as error:
-                result[f"{which} fails"] = f"{type(error).__name__}: {error}"
+                result[f"{which} fails"] = f"{type(error).__name__}: {error}".partition("Trace Shapes")[0].strip()
                 break
             result[which].append(elbo)
             result["seconds"][which] += time.process_time() - start
@@ -97,6 +97,7 @@ def train(example: Example, root: Path, which: str, seed: int, steps: int | None
     if which == OURS:
         told["blocks"] = [f"{'encoder' if b.amortized else 'table'}: {', '.join(b.sites)}" for b in guide.plan.blocks]
         told["left"] = list(guide.plan.left_to_model)
+        told["summed out"] = list(guide.plan.enumerated)
     return elbo, told
 
 
@@ -167,10 +168,12 @@ def summary(result: dict[str, Any]) -> str:
 HEADER = f"""# Pyro's examples with our guide
 
 `python tests/compatibility/run.py` takes the models of Pyro's own examples and tutorials, read from a checkout ({{}})
-and not changed, puts `AutoAmortizedNormal(model)` with its defaults (but for `init_scale`, where the
-example sets one) where their guide stands, and trains both with the
+and not changed, puts `AutoAmortizedNormal(model)` with its defaults where their guide stands (but for `init_scale`,
+where the example sets one, and an `MLP()` asked for by name for the discrete latents of SS-VAE, scANVI, AIR and the
+Dirichlet process mixture), and trains both with the
 same optimizer, learning rate and number of steps: those of the example or, where these take minutes, fewer steps or a
-larger rate. ELBOs are in nats on all data, larger is better: mean ± standard error over seeds
+larger rate. `z_*` are the sites `z_0`, `z_1`, ... of a loop.
+ELBOs are in nats on all data, larger is better: mean ± standard error over seeds
 {", ".join(map(str, SEEDS))}, each from many draws after training; the model's own parameters are trained with the
 guide. "Worse" means by more than 1 % of the example's own ELBO and more than two standard errors of the difference.
 Where the example has a guide without an ELBO to compare with (MCMC, a point estimate), AutoNormal stands in. Downloads
@@ -206,7 +209,9 @@ def _row(name: str, result: dict[str, Any], judged: Any) -> str:
     difference, se, worse = judged
     cells = [_link(name), *(_number(*_mean_se(result[which])) for which in (OURS, OWN)), _number(difference, se)]
     cells += ["**worse**" if worse else "no", str(result["steps"]), EXAMPLES[name].own]
-    return "| " + " | ".join([*cells, _cell("; ".join(result["blocks"])), EXAMPLES[name].data]) + " |"
+    summed = result.get("summed out")
+    blocks = "; ".join([*result["blocks"], *([f"summed out: {', '.join(summed)}"] if summed else [])])
+    return "| " + " | ".join([*cells, _cell(blocks), EXAMPLES[name].data]) + " |"
 
 
 def _link(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -75,9 +76,11 @@ class AbsentFinder:
 def importing(folder: Path) -> Iterator[None]:
     """Imports from a folder first, and empty modules for optional ones that are not installed.
 
-    What came from either is taken out of ``sys.modules`` again, and the random state is put back.
+    What came from either is taken out of ``sys.modules`` again, and the random state and the root logger are put back.
     """
     state, known, finder = pyro.util.get_rng_state(), set(sys.modules), AbsentFinder()
+    log = logging.getLogger()
+    level, handlers = log.level, list(log.handlers)
     sys.path.insert(0, str(folder))
     sys.meta_path.append(finder)  # type: ignore[arg-type]
     try:
@@ -90,6 +93,8 @@ def importing(folder: Path) -> Iterator[None]:
             if isinstance(sys.modules[name], Absent) or file.startswith(str(folder)):
                 del sys.modules[name]
         pyro.util.set_rng_state(state)
+        log.setLevel(level)
+        log.handlers[:] = handlers
 
 
 def module(path: Path) -> Any:
