@@ -417,7 +417,7 @@ def _decay(step: int, num_steps: int) -> float:
 
 def _has_converged(losses: Tensor) -> bool:
     num_steps = len(losses)
-    if num_steps < 8:
+    if num_steps < 100:  # too few to tell a slope from noise
         return False
     travelled = torch.tensor([_decay(step, num_steps) for step in range(num_steps)], dtype=losses.dtype).cumsum(0)
     half = slice(num_steps // 2, None)

@@ -240,17 +240,20 @@ class _Planner:
         contexts = {frozenset(site.plates) for site in together.values() if site.plates or not site.enumerated}
         contexts -= {frozenset(target)}
         coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
-        chosen, complete = self._chosen(name, sites), True
+        chosen, complete, drawn = self._chosen(name, sites), True, self._drawn(sites, together)
         if callable(chosen):
+            drawn = []
             dims = tuple(self.facts.plates[plate].dim for plate in target)
             found = [Source(FUNCTION, target, tuple(range(len(target))), dims, (), frozenset(related))]
             coarser = []
         elif chosen is not None:
             names = [chosen] if isinstance(chosen, str) else list(chosen)
+            drawn = [source for source in drawn if source.name in names]
+            names = [n for n in names if not any(source.name == n for source in drawn)]
             picked = [self._named_source(target, n, frozenset(related)) for n in names]
             complete = {s.name for s in found} <= {s.name for s in picked}
             found = picked
-        found += self._drawn(sites, together)
+        found += drawn
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0])

@@ -256,6 +256,19 @@ def test_several_discrete_sites_one_below_the_other():
     assert probs["flags"].shape == (6, 2)
 
 
+def test_inputs_say_whether_an_encoder_sees_a_drawn_label():
+    x, here = torch.randn(6), torch.ones(6, dtype=torch.bool)
+    encoder = {"kind": MLP(), "flags": MLP()}
+    for chosen, seen in (
+        (["x"], ("x",)),
+        (["x", "kind"], ("x", "kind")),
+        (lambda x, here: x[:, None], ("inputs(...)",)),
+    ):
+        guide = initialized(several, x, here, encoder=encoder, inputs={"z": chosen})
+        assert guide.plan.block_of("z").inputs == seen
+        assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=1).loss(several, guide, x, here))
+
+
 def test_plain_draws_are_independent_of_enumeration():
     """Marks are set under TraceEnum_ELBO only, so that other ELBOs draw without a warning."""
     x = draw(10)
