@@ -247,10 +247,8 @@ def test_several_discrete_sites_one_below_the_other():
     assert guide.plan.block_of("flags").widths(2) == [2]
     assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=1).loss(several, guide, x, here))
     exact = TraceEnum_ELBO(max_plate_nesting=1, num_particles=300, vectorize_particles=True)
-    sampled = torch.tensor([-Trace_ELBO().loss(several, guide, x, here) for _ in range(2000)])
-    assert (
-        abs(-exact.loss(several, guide, x, here) - float(sampled.mean())) < 5 * float(sampled.std()) / 2000**0.5 + 0.1
-    )
+    sampled = torch.tensor([-Trace_ELBO().loss(several, guide, x, here) for _ in range(800)])
+    assert abs(-exact.loss(several, guide, x, here) - float(sampled.mean())) < 5 * float(sampled.std()) / 800**0.5 + 0.1
     probs = guide.posterior(x, here).probs
     torch.testing.assert_close(probs["kind"][2], torch.tensor([0.3, 0.7]))  # no data: the prior
     assert probs["flags"].shape == (6, 2)

@@ -255,7 +255,7 @@ def test_the_gap_of_a_linear_window_is_that_of_the_best_one():
     )
     off = design @ coefficients - mean
     best = float((off[:, None] @ precision @ off[..., None]).mean()) / 2
-    gap, _ = misses(trained(state_space, Window(1, ()), x), x)
+    gap, _ = misses(trained(state_space, Window(1, ()), x, num_steps=900), x)
     assert best > 0.05
     assert gap == pytest.approx(best, abs=0.01)
     assert plan_amortization(state_space, x).verdict.closable is False
@@ -271,7 +271,7 @@ def test_gap_report_and_mean_field_of_series():
         stacked(posterior.stddev, 5), precision.diagonal(dim1=1, dim2=2).rsqrt(), atol=0, rtol=0.1
     )
     guide = trained(state_space, None, x, num_steps=200, lr=0.01)
-    report = amortization_gap(state_space, guide, x, num_steps=400, progress=False)
+    report = amortization_gap(state_space, guide, x, num_steps=250, num_draws=1000, progress=False)
     approximation = (precision.diagonal(dim1=1, dim2=2).log().sum(-1) - precision.logdet()) / 2
     found = report.per_datum
     assert len(found) == 20
