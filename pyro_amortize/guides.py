@@ -81,13 +81,14 @@ class AutoAmortized(AutoGuide):
             number of features to such a module; ``Table()`` for a row of parameters for each element (mean-field);
             ``Constant()`` for one row for all; or a dict from site or plate name to these. Of nested plates the
             innermost names the latents inside both. An encoder given to a global site by name amortizes it over
-            data sets. Data of plates around other sites are pooled first, see
-            :class:`~pyro_amortize.encoders.DeepSets`. Elements that stand in order may see the data of others:
-            ``Window(radius)`` and ``Recurrent()``. The sites of a loop, ``z_0``, ``z_1``, ..., share an encoder, under
-            the name ``z_*``; None is ``Recurrent()`` where each depends on the one before.
-        inputs: What the encoder sees, where the plan should not decide: a name or list of names of arguments and
-            observed sites, a function of the model's arguments that returns shape (rows, ...), or a dict from site
-            or plate name to these.
+            data sets; one given to a discrete site amortizes that, and the encoders of latents after it see its value.
+            Data of plates around other sites are pooled first, see :class:`~pyro_amortize.encoders.DeepSets`. Elements
+            that stand in order may see the data of others: ``Window(radius)`` and ``Recurrent()``. The sites of a
+            loop, ``z_0``, ``z_1``, ..., share an encoder, under the name ``z_*``; None is ``Recurrent()`` where each
+            depends on the one before.
+        inputs: What the encoder sees, where the plan should not decide: a name or list of names of arguments, observed
+            sites, and discrete latents that have encoders, a function of the model's arguments that returns shape
+            (rows, ...), or a dict from site or plate name to these.
 
     Other Arguments:
         prepare: "auto" to prepare data by what they are (see :class:`~pyro_amortize.inputs.Inputs`), None to pass
