@@ -52,7 +52,8 @@ def find_loops(sites: Mapping[str, Any]) -> tuple[tuple[Family, ...], dict[str, 
     """Finds the loops in whose turns a latent and an observed site alternate.
 
     The turns of a loop are those of its observed sites; latents before them (an initial state) and after them (a
-    forecast) are sites of their own.
+    forecast) are sites of their own. Latents that a loop draws before a plate of as many data are found, too: the loop
+    then has the place of that plate.
 
     Args:
         sites: The sample sites of a run in their order, deterministic ones and subsamples apart.
