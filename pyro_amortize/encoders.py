@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_amortize.parameters import preserved
 from pyro_amortize.pooling import Move, pool, spread
 
 
@@ -326,7 +327,7 @@ class Sequences(nn.Module):
 def width_of(reader: nn.Module, in_features: int) -> int:
     """Returns how many features a reader makes of so many."""
     parameter = next(reader.parameters(), torch.empty(()))
-    with torch.no_grad():
+    with preserved(reader, evaluating=True), torch.no_grad():
         return int(reader(parameter.new_zeros(1, 2, in_features), -2, None).shape[-1])
 
 

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -158,7 +157,6 @@ class AutoAmortized(AutoGuide):
         self._versions: list[int] = []
         self._exits: dict[Any, frozenset[str]] = {}
         self._given: dict[Any, bool] = {}
-        self.discrete: dict[str, Any] = {}
 
     # Pyro's protocol.
 
@@ -504,7 +502,6 @@ class AutoAmortized(AutoGuide):
         self.coders, self.preparations = coders, preparations
         self.plan = plan
         self._exits, self._given = {}, {}
-        self.discrete = {name: _even(block) for block in plan.blocks if block.is_discrete for name in block.sites}
 
     def features_of(self, block: Block, coder: Heads, features: list[Tensor | None], reading: Reading) -> Tensor:
         """Brings prepared data of all levels of a block to its elements: shape (..., elements, features)."""
@@ -633,12 +630,6 @@ def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
             return init_to_center(site)
 
     return init
-
-
-def _even(block: Block) -> Any:
-    """Returns a discrete distribution of a block's kind, all values even, for one element."""
-    base = getattr(dist, block.distribution)(logits=torch.zeros(block.shapes[0] + (block.logits[0] or ())))  # type: ignore[arg-type]
-    return base.to_event(len(base.batch_shape))
 
 
 def _phis(block: Block, encoder: Any) -> tuple[nn.ModuleDict, int]:

@@ -249,6 +249,13 @@ class GuidedRun(Messenger):
         _, turn = self.plan.turn_of(msg["name"])
         plates = {name: around[name] for name in block.plates if name not in turn}
         coder = self.guide.coder_of(block)
+        seen = plates.get(block.reach.plate) if block.reach else None
+        if seen is not None and seen.size < seen.full_size:
+            raise ValueError(
+                f"{type(self.guide).__name__}: the encoder of '{block.sites[0]}' sees along plate '{seen.name}', of "
+                f"which this call has {seen.size} of {seen.full_size} elements, so neighbours are not there. Call the "
+                f"model so that the plate does not subsample, or use an encoder of single elements: MLP()."
+            )
         for source in block.sources:
             if source.drawn and source.name not in self.reader.drawn:
                 self._draw_ahead(source.name, msg)
@@ -296,13 +303,16 @@ class GuidedRun(Messenger):
             self.guide._given[key] = bool(given)
 
     def _draw_ahead(self, name: str, msg: Any) -> None:
-        """Draws a discrete site before the model comes to it, beside another in the same plates."""
+        """Draws a discrete site before the model comes to it, beside another in the same plates.
+
+        Its prior is not known yet, so that elements without data have the encoder's answer.
+        """
         block = self.plan.block_of(name)
         assert block is not None
-        even = self.guide.discrete[name].expand(msg["fn"].batch_shape)
-        stand_in = {**msg, "name": name, "fn": even, "infer": {}, "mask": None}
+        stand_in = {**msg, "name": name, "fn": _even(block).expand(msg["fn"].batch_shape), "infer": {}, "mask": None}
         parameters = self._block_parameters(block, stand_in)
         if parameters is not None:
+            self._with_data[block.name] = None
             self._ahead[name] = False
             q = self._distribution(stand_in, block, 0, parameters, {})
             pyro.sample(name, q, infer=_enumeration_of(q))
@@ -389,6 +399,12 @@ class Replicate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             msg["is_observed"], msg["value"] = False, None
+
+
+def _even(block: Block) -> Any:
+    """Returns a discrete distribution of a block's kind, all values even, for one element."""
+    base = getattr(dist, block.distribution)(logits=torch.zeros(block.shapes[0] + (block.logits[0] or ())))  # type: ignore[arg-type]
+    return base.to_event(len(base.batch_shape))
 
 
 def _enumeration_of(q: Any) -> dict[str, Any]:

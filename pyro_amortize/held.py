@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -17,7 +16,7 @@ from torch import Tensor
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.loops import merged, split
 from pyro_amortize.structure import Family, Plate
-from pyro_amortize.supports import generic_value
+from pyro_amortize.supports import generic_value, undressed
 
 
 class HeldRun(Messenger):
@@ -124,8 +123,7 @@ def _refuse_nan(name: str, site: Any) -> None:
 
 def kind_of(fn: Any) -> tuple[str, int]:
     """Says what the values of an observed site are, and how many categories they have."""
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
+    fn = undressed(fn)
     if isinstance(fn, torch.distributions.Categorical):
         return "category", fn.logits.shape[-1]
     support = fn.support

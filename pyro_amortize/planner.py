@@ -100,7 +100,7 @@ class _Planner:
         self.ways = Ways(facts)
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
         informed = [site for site in facts.latents if site.name not in self.left]
-        asked = [site for site in informed if site.discrete and site.name in self.apart | self.named_tables()]
+        asked = [site for site in informed if site.discrete and site.name in self.apart | self._named_tables()]
         self.enumerated = [site for site in informed if site.enumerated and site not in asked]
         self.latents = [replace(s, enumerated=False) for s in informed if s not in self.enumerated]
         self.discrete = [replace(site, enumerated=False) for site in asked]
@@ -163,7 +163,7 @@ class _Planner:
 
     # Which latents are local.
 
-    def named_tables(self) -> set[str]:
+    def _named_tables(self) -> set[str]:
         """Sites that are given a table by name."""
         return set(self.encoder) & self.tables if isinstance(self.encoder, dict) else set()
 

@@ -149,8 +149,7 @@ def generic_value(msg: Any) -> Tensor:
 
 def _some_tensor(fn: Any) -> Tensor:
     """A floating tensor of the distribution's dtype and device."""
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
+    fn = undressed(fn)
     for value in [*vars(fn).values(), *vars(getattr(fn, "base_dist", fn)).values()]:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
@@ -185,9 +184,7 @@ def init_to_center(site: Any) -> Tensor:
 
 
 def _center(site: Any) -> Tensor:
-    fn = site["fn"]
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
+    fn = undressed(site["fn"])
     half = _some_tensor(fn).new_tensor(0.5)
     for guess in (lambda: fn.icdf(half), lambda: fn.mean):
         try:

@@ -625,3 +625,30 @@ def test_indicators_and_items_with_numbers_are_no_series():
     assert plan.verdict.closable is True
     plan = plan_amortization(items, torch.randn(8, 3))
     assert [block.amortized for block in plan.blocks] == [True, False, False, False]
+
+
+def test_a_plate_that_subsamples_has_no_neighbours():
+    def model(x, size=None):
+        with pyro.plate("time", len(x), subsample_size=size) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    guide = AutoAmortizedNormal(model, encoder={"z": Window(1)})
+    guide.initialize(torch.randn(8))
+    with pytest.raises(ValueError, match="'z' sees along plate 'time', of which this call has 3 of 8 elements"):
+        guide(torch.randn(8), size=3)
+
+
+def test_making_a_guide_leaves_a_network_of_ones_own_as_it_was():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, rows):
+            return self.norm(rows.transpose(1, 2)).transpose(1, 2)
+
+    network = Normed()
+    AutoAmortizedNormal(state_space, encoder=Recurrent(network=network)).initialize(torch.randn(6, 4))
+    assert int(network.norm.num_batches_tracked) == 0
+    assert network.training
