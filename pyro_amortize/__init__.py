@@ -6,10 +6,11 @@ from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Table, Wi
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
+from pyro_amortize.optimum import fit_optimum
 from pyro_amortize.plan import AmortizationPlan, Block, Verdict
 from pyro_amortize.planner import plan_amortization
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.reference import MCMCFit, fit_mean_field, fit_optimum, run_mcmc
+from pyro_amortize.reference import MCMCFit, fit_mean_field, run_mcmc
 
 __version__ = "0.1.0"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
@@ -70,6 +72,7 @@ def log_densities(
     plate: str | None = None,
     num_draws: int = 1000,
     seed: int = 0,
+    title: str | None = None,
 ) -> Densities:
     """Draws from a guide and returns the log densities of the draws.
 
@@ -85,52 +88,25 @@ def log_densities(
         plate: Name of the plate whose elements are the data; None for totals.
         num_draws: Number of draws.
         seed: Of the draws; two guides of the same sites get common random numbers.
+        title: What a progress bar says; None for none.
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(seed)
-        evaluation = _Evaluation(model, guide, args, kwargs)
+        evaluation = Evaluation(model, guide, args, kwargs)
         if plate is None:
-            return evaluation.draws(None, num_draws, seed)
+            return evaluation.draws(None, num_draws, seed, title)
         parts, order = [], []
         if plate not in evaluation.frames:
             raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(evaluation.frames)}.")
         evaluation.refuse_other_plates(plate)
         for indices, new in covering(evaluation.frames[plate]):
             with Subsample(plate, indices):
-                part = evaluation.draws(plate, num_draws, seed)
+                part = evaluation.draws(plate, num_draws, seed, title)
             parts.append((part.log_p[:, new], part.log_q[:, new]))
             order.append(indices[new])
         log_p, log_q = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
         back = torch.argsort(torch.cat(order))
         return Densities(log_p[:, back], log_q[:, back])
-
-
-def log_joint(
-    model: Model,
-    guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    plate: str,
-    values: dict[str, Tensor],
-) -> Tensor:
-    """Returns log p(data, latents) in nats at given latents, per datum of a plate.
-
-    Latents without a value are drawn from the model and not counted.
-
-    Args:
-        model: The model, its global latents conditioned.
-        guide: A guide of it.
-        args: The model's positional arguments.
-        kwargs: The model's keyword arguments.
-        plate: Name of the plate, which must not subsample.
-        values: Site -> shape (draws, *shape of the site).
-
-    Returns:
-        Shape (draws, rows).
-    """
-    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
-        pyro.set_rng_seed(0)
-        return _Evaluation(model, guide, args, kwargs).at(values, plate)
 
 
 def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str) -> None:
@@ -140,7 +116,7 @@ def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwarg
         ValueError: It does, for some latent in the plate.
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
-        _Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
+        Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
 
 
 def enumerated_sites(
@@ -152,7 +128,7 @@ def enumerated_sites(
         The plates of each, and how many dimensions the model's plates take.
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
-        evaluation = _Evaluation(model, guide, args, kwargs)
+        evaluation = Evaluation(model, guide, args, kwargs)
     return evaluation.enumerated, evaluation.nesting
 
 
@@ -160,12 +136,15 @@ def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
     """Returns the depth of the model's plates if draws made in one run are what a run each gives, else None."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(0)
-        evaluation = _Evaluation(model, guide, args, kwargs)
+        evaluation = Evaluation(model, guide, args, kwargs)
         return evaluation.nesting if evaluation.can_vectorize(None) else None
 
 
-class _Evaluation:
-    """One model, guide and call."""
+class Evaluation:
+    """One model, guide and call: their densities at draws of the guide, or at given latents.
+
+    Used inside :func:`~pyro_amortize.parameters.preserved` with its messages blocked, as all functions here do.
+    """
 
     def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -211,16 +190,14 @@ class _Evaluation:
                     f"'with pyro.plate({plate!r}, ...):' around it in the guide."
                 )
 
-    def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
+    def draws(self, plate: str | None, num_draws: int, seed: int, title: str | None) -> Densities:
         if self.vectorized is None:
             self.vectorized = self.can_vectorize(plate)
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pyro.set_rng_seed(seed)
-        pieces = []
-        while num_draws > 0:
-            count = min(chunk, num_draws)
-            pieces.append(self._run(plate, count if self.vectorized else None))
-            num_draws -= count
+        counts = [min(chunk, num_draws - start) for start in range(0, num_draws, chunk)]
+        bar = tqdm(counts, desc=title, unit_scale=chunk, unit="draws", disable=title is None)
+        pieces = [self._run(plate, count if self.vectorized else None) for count in bar]
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
 
@@ -240,25 +217,45 @@ class _Evaluation:
         model_trace, guide_trace = self._traces(count)
         return self._log_p(model_trace, plate, count), self._sum(guide_trace, plate, count)
 
-    def at(self, values: dict[str, Tensor], plate: str) -> Tensor:
-        vectorized = self.can_vectorize(plate)
+    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str, size: int) -> Evaluation:
+        """Returns this evaluation for a call with so many elements of a plate."""
+        other = copy.copy(self)
+        other.args, other.kwargs = args, kwargs
+        other.frames = {**self.frames, plate: replace(self.frames[plate], size=size)}
+        other.size = max(1, self.size * size // max(self.frames[plate].size, 1))
+        return other
+
+    def at(self, values: dict[str, Tensor], plate: str | None) -> Tensor:
+        """Returns log p(data, latents) at given latents, with gradients.
+
+        Args:
+            values: Site -> shape (draws, *shape of the site). Latents without a value are drawn from the model and not
+                counted, unless they are summed out.
+            plate: Whose elements are the data; None for totals.
+
+        Returns:
+            Shape (draws, rows), or (draws,).
+        """
+        if self.vectorized is None:
+            with torch.no_grad():
+                self.vectorized = self.can_vectorize(plate)
         num_draws = len(next(iter(values.values())))
-        chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if vectorized else 1
+        chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pieces = []
         for start in range(0, num_draws, chunk):
             part = {name: value[start : start + chunk] for name, value in values.items()}
             count = len(next(iter(part.values())))
-            if vectorized:
+            if self.vectorized:
                 lacking = {name: self.nesting - len(self.batches[name]) for name in part}
                 part = {n: v.reshape((count,) + (1,) * lacking[n] + v.shape[1:]) for n, v in part.items()}
             else:
                 part = {name: value[0] for name, value in part.items()}
-            model = self._model(count if vectorized else None, part)
+            model = self._model(count if self.vectorized else None, part)
             trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
             for name, _ in list(trace.iter_stochastic_nodes()):
                 if name not in self.enumerated:
                     trace.remove_node(name)
-            pieces.append(self._log_p(trace, plate, count if vectorized else None))
+            pieces.append(self._log_p(trace, plate, count if self.vectorized else None))
         return torch.cat(pieces)
 
     def _log_p(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
@@ -268,7 +265,7 @@ class _Evaluation:
         counted = poutine.Trace()
         for name, site in trace.nodes.items():
             if _counts(site, plate):
-                counted.add_node(name, **{**site, "scale": _scale(site, plate)})
+                counted.add_node(name, **{**site, "scale": scale_of(site, plate)})
         sizes = {} if count is None else {DRAWS: count}
         if plate is not None:
             sizes[plate] = self.frames[plate].size
@@ -290,7 +287,7 @@ class _Evaluation:
             if not _counts(site, plate):
                 continue
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            log_prob = torch.as_tensor(scale_and_mask(log_prob, _scale(site, plate), site["mask"]))
+            log_prob = torch.as_tensor(scale_and_mask(log_prob, scale_of(site, plate), site["mask"]))
             total = total.to(log_prob.device) + self._reduce(log_prob, site, plate, count)
         shape = (count or 1,) if rows is None else (count or 1, rows)
         return total.expand(shape)
@@ -336,7 +333,7 @@ def _counts(site: Any, plate: str | None) -> bool:
     return plate is None or any(frame.vectorized and frame.name == plate for frame in site["cond_indep_stack"])
 
 
-def _scale(site: Any, plate: str | None) -> Any:
+def scale_of(site: Any, plate: str | None) -> Any:
     """The scale of a site's density; per datum, without that of subsampling."""
     scale = site["scale"]
     for frame in site["cond_indep_stack"] if plate is not None else ():

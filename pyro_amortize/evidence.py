@@ -6,20 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_amortize.arviz_bridge import psis
-from pyro_amortize.calls import Model
-from pyro_amortize.densities import log_joint
-from pyro_amortize.parameters import preserved
-from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.arviz_bridge import good_k, psis
+from pyro_amortize.local_joint import LocalJoint
+from pyro_amortize.optimum import Optimum
 
 GOOD_ENOUGH = 0.1
 """k-hat above which q's tails are taken to be too thin for a proposal; estimates of it scatter by a tenth or two."""
+SOME_DATA, SOME_DRAWS = 200, 1000
+MOST_DIMS = 20
+"""Dimensions a datum up to which a covariance is learnt from weighted draws."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +26,60 @@ class Evidence:
     """Estimates of log evidence in nats, one a row.
 
     Attributes:
-        value: The estimates, shape (rows,).
-        influence: What each draw adds to the error: shape (draws, rows), mean zero.
+        value: The estimates, shape (rows,), less the bias of the logarithm of a mean, to first order.
+        influences: For each independent stream of draws, what every draw adds to the error: shape (draws, rows), mean
+            zero.
         k_hat: Pareto shape of the importance weights, shape (rows,).
+        limit: k-hat up to which the estimate of a row is to be trusted, shape (rows,).
+        by: How each was estimated: "PSIS", "mixture" or "AIS".
     """
 
     value: Tensor
-    influence: Tensor
+    influences: dict[str, Tensor]
     k_hat: Tensor
+    limit: Tensor
+    by: list[str]
+
+    @property
+    def is_doubtful(self) -> Tensor:
+        """Whether k-hat is too high, shape (rows,)."""
+        return self.k_hat > self.limit
+
+    def with_rows(self, rows: Tensor, other: Evidence) -> Evidence:
+        """Puts the estimates of some rows in the place of these, where their k-hat is nearer to its limit."""
+        better = other.k_hat - other.limit < (self.k_hat - self.limit)[rows]
+        rows, new = rows[better], better.nonzero().flatten()
+        mine = torch.ones(len(self.value)).index_fill(0, rows, 0.0)
+        influences = {stream: influence * mine for stream, influence in self.influences.items()}
+        for stream, influence in other.influences.items():
+            influences[stream] = (
+                torch.zeros(len(influence), len(mine)).to(influence).index_copy(1, rows, influence[:, new])
+            )
+        by = list(self.by)
+        for row, place in zip(rows.tolist(), new.tolist(), strict=True):
+            by[row] = other.by[place]
+        put = {
+            what: getattr(self, what).index_copy(0, rows, getattr(other, what)[new])
+            for what in ("value", "k_hat", "limit")
+        }
+        return Evidence(influences=influences, by=by, **put)
 
 
-def estimate_evidence(log_ratio: Tensor, flat: float = 1.2) -> Evidence:
+def estimate_evidence(log_ratio: Tensor, flat: float = 1.2, by: str = "PSIS", stream: str = "common") -> Evidence:
     """Estimates log p(x_n) as the log mean of Pareto-smoothed importance weights.
 
     Args:
         log_ratio: log p(x_n, z_n) - log q(z_n) of draws from q, shape (draws, rows).
         flat: As of :func:`~pyro_amortize.arviz_bridge.psis`.
+        by: The name of the estimator.
+        stream: The name of the draws.
     """
     smoothed, k_hat = psis(log_ratio, flat)
     value = smoothed.logsumexp(0) - math.log(len(smoothed))
-    return Evidence(value, (smoothed - value).exp() - 1, k_hat)
+    influence = (smoothed - value).exp() - 1
+    limit = torch.full_like(k_hat, good_k(len(smoothed)))
+    value = value + standard_error(influence).square() / 2
+    return Evidence(value, {stream: influence}, k_hat, limit, [by] * len(k_hat))
 
 
 def standard_error(influence: Tensor) -> Tensor:
@@ -54,112 +87,85 @@ def standard_error(influence: Tensor) -> Tensor:
     return influence.std(0) / math.sqrt(len(influence))
 
 
-def robust_evidence(
-    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str, num_draws: int, seed: int
-) -> Evidence | None:
-    """Estimates log p(x_n) where q alone has too thin tails to be a good proposal.
+def improved_evidence(
+    found: Evidence, joint: LocalJoint, optimum: Optimum, num_draws: int, num_annealed: int, progress: bool
+) -> Evidence:
+    """Estimates again where q* has too thin tails to be a good proposal.
 
-    Half of the draws come from q and half from a multivariate Student t in unconstrained space, whose mean and
-    covariance are those of the posterior as a first round of weighted draws shows them; the weights take both as one
-    mixture, so they are bounded by twice those of either.
+    First from a mixture with a Student t of the posterior's moments, in up to 20 dimensions a datum; then, of the data
+    whose k-hat is still too high, from annealed importance sampling.
 
     Args:
-        model: The model, its globals conditioned.
-        guide: q, of normals on the sites' supports, independent of each other.
-        args: The model's positional arguments.
-        kwargs: The model's keyword arguments.
-        plate: The plate whose elements are the data.
-        num_draws: Number of draws in each round.
-        seed: Of the draws.
+        found: The evidence by draws from q*.
+        joint: The latents of each datum.
+        optimum: q*.
+        num_draws: Draws of each round from a mixture.
+        num_annealed: How many data are annealed at most, those with the highest k-hat.
+        progress: Whether to show progress bars.
+    """
+    thin = (found.k_hat > GOOD_ENOUGH).nonzero().flatten()
+    if len(thin) and joint.loc.shape[1] <= MOST_DIMS:
+        found = found.with_rows(thin, _by_mixture(joint, optimum, thin, num_draws))
+    return found
 
-    Returns:
-        The estimate; None where latents are masked or the plate subsamples, for which q alone must do.
+
+def _by_mixture(joint: LocalJoint, optimum: Optimum, rows: Tensor, num_draws: int) -> Evidence:
+    """Takes half of the draws from q* and half from a Student t, with weights against both as one mixture.
+
+    Its mean and covariance are those of the posterior as a first round of weighted draws shows them. The weights are
+    bounded by twice those of either.
 
     References:
         J.-M. Cornuet et al., Adaptive Multiple Importance Sampling, Scandinavian Journal of Statistics 2012,
         https://arxiv.org/abs/0907.1254
     """
-    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        pyro.set_rng_seed(seed)
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        sites = [_Local(name, site, plate) for name, site in trace.iter_stochastic_nodes() if _is_local(site, plate)]
-        if not sites or any(site.masked for site in sites):
-            return None
-        loc, scale = (torch.cat([getattr(site, what) for site in sites], -1) for what in ("loc", "scale"))
+    loc, scale = optimum.loc[rows], optimum.scale[rows]
+    own = dist.Normal(loc, scale).to_event(1)
+    half = num_draws // 2
 
-        def weighted_draws(tail: Any) -> tuple[Tensor, Tensor]:
-            half = num_draws // 2
-            values = torch.cat([loc + scale * torch.randn(num_draws - half, *loc.shape).to(loc), tail.sample((half,))])
-            latents, log_det = _to_sites(values, sites)
-            log_p = log_joint(model, guide, args, kwargs, plate, latents).double() + log_det.double()
-            own = dist.Normal(loc, scale).to_event(1).log_prob(values)
-            return values, log_p - (torch.logaddexp(own, tail.log_prob(values)).double() - math.log(2))
+    def weighted_draws(tail: Any) -> tuple[Tensor, Tensor]:
+        values = torch.cat([own.sample((num_draws - half,)), tail.sample((half,))])
+        log_q = torch.logaddexp(own.log_prob(values), tail.log_prob(values)).double() - math.log(2)
+        return values, joint.log_p(values, rows).double() - log_q
 
-        values, log_ratio = weighted_draws(dist.MultivariateStudentT(5.0, loc, torch.diag_embed(1.5 * scale)))
-        _, log_ratio = weighted_draws(_fitted(values, log_ratio, scale))
-    return estimate_evidence(log_ratio, flat=4.0)
+    values, log_ratio = weighted_draws(dist.MultivariateStudentT(5.0, loc, torch.diag_embed(1.5 * scale)))
+    _, log_ratio = weighted_draws(_fitted(values, log_ratio, scale))
+    return estimate_evidence(log_ratio, flat=4.0, by="mixture", stream="mixture")
 
 
-class _Local:
-    """A local site of q: where its rows stand, and how unconstrained values reach its support."""
+def correlation_cost(joint: LocalJoint, optimum: Optimum) -> float | None:
+    """Estimates what of the approximation gap is due to correlations within a datum, in nats a datum.
 
-    def __init__(self, name: str, site: Any, plate: str) -> None:
-        fn = site["fn"]
-        found = normal_underneath(fn)
-        assert found is not None
-        base, self.transforms = found
-        self.name = name
-        masked = site["mask"] is not None and site["mask"] is not True
-        self.masked = masked or _has_mask(fn) or any(f.size != f.full_size for f in site["cond_indep_stack"])
-        frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
-        self.event_dim = base.loc.dim() - len(fn.batch_shape)
-        self.axis = frame.dim - self.event_dim
-        rows = base.loc.movedim(self.axis, 0)
-        self.rest = rows.shape[1:]
-        self.loc = rows.reshape(len(rows), -1)
-        self.scale = base.scale.movedim(self.axis, 0).reshape(len(rows), -1)
-
-
-def _is_local(site: Any, plate: str) -> bool:
-    inside = any(frame.name == plate for frame in site["cond_indep_stack"])
-    return inside and normal_underneath(site["fn"]) is not None
+    It is (sum_i log C_ii - log det C) / 2, the divergence of a normal of the posterior's covariance C from independent
+    ones, where weighted draws from q* show C; None where they do not.
+    """
+    dim = joint.loc.shape[1]
+    rows = torch.arange(joint.num_rows)[:: -(-joint.num_rows // SOME_DATA)]
+    if not 1 < dim <= MOST_DIMS:
+        return None
+    with torch.no_grad():
+        values = optimum.loc[rows] + optimum.scale[rows] * torch.randn(SOME_DRAWS, len(rows), dim).to(joint.loc)
+        log_ratio = joint.log_p(values, rows) - joint.log_q(values, optimum.loc[rows], optimum.scale[rows], rows)
+    _, cov, effective = _weighted_moments(values, log_ratio)
+    told = effective > 20 * dim
+    if not bool(told.any()):
+        return None
+    cov = cov[told].double()
+    return float((cov.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(cov)).mean() / 2)
 
 
-def _has_mask(fn: Any) -> bool:
-    while fn is not None:
-        if isinstance(fn, dist.MaskedDistribution):
-            return True
-        fn = getattr(fn, "base_dist", None)
-    return False
-
-
-def _to_sites(values: Tensor, sites: list[_Local]) -> tuple[dict[str, Tensor], Tensor]:
-    """Splits unconstrained values, shape (draws, rows, dim), into sites; returns the log Jacobian, (draws, rows)."""
-    latents = {}
-    log_det = values.new_zeros(values.shape[:2])
-    start = 0
-    for site in sites:
-        width = site.loc.shape[-1]
-        value = values[..., start : start + width].reshape(*values.shape[:2], *site.rest).movedim(1, site.axis)
-        start += width
-        for transform in site.transforms:
-            image = transform(value)
-            det = transform.log_abs_det_jacobian(value, image)
-            axis = site.axis + (value.dim() - det.dim())
-            log_det = log_det + det.movedim(axis, 1).reshape(*values.shape[:2], -1).sum(-1)
-            value = image
-        latents[site.name] = value
-    return latents, log_det
+def _weighted_moments(values: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns means, (rows, dim), covariances, (rows, dim, dim), and numbers of effective draws of weighted draws."""
+    weights = psis(log_ratio)[0].softmax(0).to(values)
+    mean = torch.einsum("sn,snd->nd", weights, values)
+    centred = values - mean
+    return mean, torch.einsum("sn,snd,sne->nde", weights, centred, centred), 1 / weights.square().sum(0)
 
 
 def _fitted(values: Tensor, log_ratio: Tensor, scale: Tensor) -> Any:
     """Returns a Student t of the posterior's moments, as weighted draws show them, shrunk where these are few."""
-    weights = psis(log_ratio)[0].softmax(0).to(values)
     dim = values.shape[-1]
-    effective = 1 / weights.square().sum(0)
-    mean = torch.einsum("sn,snd->nd", weights, values)
-    centred = values - mean
-    cov = torch.einsum("sn,snd,sne->nde", weights, centred, centred)
+    mean, cov, effective = _weighted_moments(values, log_ratio)
     trust = (effective / (effective + 5 * dim))[:, None, None]
     diagonal = torch.diag_embed(torch.maximum(cov.diagonal(dim1=-2, dim2=-1), scale.square()))
     cov = trust * cov + (1 - trust) * diagonal + 1e-4 * torch.diag_embed(scale.square())

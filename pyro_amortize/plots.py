@@ -20,28 +20,51 @@ def _subplots(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(*args)
 
 
-def gap_histogram(per_datum: pd.DataFrame, k_threshold: float) -> Any:
-    """Draws histograms of the gaps over data, and k-hat against the inference gap.
+def gaps(per_datum: pd.DataFrame, k_threshold: float, unseen: pd.DataFrame | None = None, num_worst: int = 12) -> Any:
+    """Draws histograms of the gaps, the data with the largest inference gaps, and k-hat.
 
     Args:
         per_datum: As ``GapReport.per_datum``.
         k_threshold: k-hat above which evidence is in doubt.
+        unseen: The same of unseen data, drawn as outlines.
+        num_worst: How many of the worst data are named.
 
     Returns:
         A Figure.
     """
-    figure, (left, right) = _subplots(1, 2, figsize=(9, 3.4))
-    shown = {label: per_datum[name].dropna() for name, label in GAPS.items() if per_datum[name].notna().any()}
-    shown = shown or {"inference gap": per_datum["inference_gap"].dropna()}
-    edges = np.histogram_bin_edges(np.concatenate([values.to_numpy() for values in shown.values()]), bins=30)
-    for label, values in shown.items():
-        left.hist(values, bins=edges, alpha=0.6, label=f"{label}, mean {values.mean():.3g}")
-    left.set(xlabel="nats per datum", ylabel="data")
-    left.legend(frameon=False)
-    right.scatter(per_datum["khat"], per_datum["inference_gap"], s=8)
+    figure, (left, middle, right) = _subplots(1, 3, figsize=(12, 3.6))
+    shown = {name: label for name, label in GAPS.items() if per_datum[name].notna().any()}
+    shown = shown or {"inference_gap": "inference gap"}
+    frames = [per_datum] if unseen is None else [per_datum, unseen]
+    edges = np.histogram_bin_edges(np.concatenate([frame[name].dropna() for frame in frames for name in shown]), 30)
+    for color, (name, label) in enumerate(shown.items()):
+        values = per_datum[name].dropna()
+        left.hist(values, edges, alpha=0.6, color=f"C{color}", label=f"{label}, mean {values.mean():.3g}")
+        if unseen is not None:
+            values = unseen[name].dropna()
+            label = f"the same, unseen data, mean {values.mean():.3g}"
+            left.hist(values, edges, histtype="step", linewidth=1.5, color=f"C{color}", label=label)
+    left.set(xlabel="nats per datum", ylabel="number of data")
+    left.legend(frameon=False, fontsize="small")
+    _worst(middle, per_datum.nlargest(num_worst, "inference_gap"), shown)
+    for marker, (by, rows) in zip("os^", per_datum.groupby("estimator"), strict=False):
+        right.scatter(rows["khat"], rows["inference_gap"], s=12, marker=marker, alpha=0.7, label=f"evidence by {by}")
     right.axvline(k_threshold, linestyle="--", color="0.5", linewidth=1)
-    right.set(xlabel="k-hat (evidence in doubt right of the line)", ylabel="inference gap, nats")
+    right.set(xlabel="k-hat (right of the line draws do not suffice)", ylabel="inference gap, nats")
+    right.legend(frameon=False, fontsize="small")
     return figure
+
+
+def _worst(axis: Any, rows: pd.DataFrame, shown: Mapping[str, str]) -> None:
+    """Draws the gaps of some data as bars that add up, the error of the sum at their ends."""
+    places, start = np.arange(len(rows)), np.zeros(len(rows))
+    for color, (name, label) in enumerate(shown.items()):
+        axis.barh(places, rows[name], left=start, alpha=0.6, color=f"C{color}", label=label)
+        start = start + rows[name].to_numpy()
+    axis.errorbar(start, places, xerr=2 * rows["inference_gap_se"], fmt="none", color="0.2", linewidth=1)
+    axis.set_yticks(places, [str(label) for label in rows.index])
+    axis.invert_yaxis()
+    axis.set(xlabel="nats (bars: two standard errors)", ylabel="datum, worst first")
 
 
 def elbo_curves(losses: Mapping[str, Any], seconds: Mapping[str, float]) -> Any:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import Subsample, covering, vectorizing
+from pyro_amortize.densities import Subsample, covering
 from pyro_amortize.encoders import Table
-from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
+from pyro_amortize.fit import Optimizer, Options, SVIFit, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
-from pyro_amortize.planner import plan_beside
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.structure import Plate, plates_of
 
@@ -114,68 +113,6 @@ def fit_mean_field(
         state = pyro.util.get_rng_state()
     pyro.util.set_rng_state(state)
     return fit
-
-
-def fit_optimum(
-    model: Model,
-    guide: Model,
-    *args: Any,
-    given: Mapping[str, Tensor] | None = None,
-    num_steps: int = 1000,
-    lr: float = 0.02,
-    num_particles: int = 16,
-    seed: int | None = 0,
-    progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
-) -> SVIFit:
-    """Finds q*: for each datum the best member of the guide's family, with the global latents held.
-
-    A table takes the encoder's place, started from the encoder's answer. The model's parameters are held.
-
-    Args:
-        model: A Pyro model.
-        guide: Its guide; if written by hand, its local sites must be normal or log-normal.
-        args: The model's positional arguments.
-        given: Values of the global latents; by default their medians under the guide.
-        num_steps: Number of steps.
-        lr: Learning rate at the start, decayed to zero.
-        num_particles: Draws a step.
-        seed: Of this fit.
-        progress: Whether to show a progress bar.
-        model_kwargs: The model's keyword arguments.
-
-    Returns:
-        The record of the fit. Its guide is for the model with globals held.
-
-    Raises:
-        ValueError: No latent of the model is local.
-        NotImplementedError: A local site of the guide is neither normal nor log-normal.
-    """
-    kwargs = model_kwargs or {}
-    plan = plan_beside(model, guide, args, kwargs)
-    locals_ = local_sites(plan)
-    discrete = [block.sites[0] for block in plan.blocks if block.is_discrete]
-    if discrete:
-        raise NotImplementedError(
-            f"fit_optimum: site '{discrete[0]}' of the guide is discrete; the optimum can be searched among normals "
-            f"only. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
-        )
-    given = held_globals(model, guide, args, kwargs, plan, given)
-    with preserved(model, guide) as held:
-        conditioned = poutine.condition(model, data=dict(given))
-        optimum = AutoAmortized(conditioned, encoder=Table())
-        with seeded(seed):
-            optimum.initialize(*args, **kwargs)
-        _start(optimum, poutine.condition(guide, data=dict(given)), locals_, args, kwargs)
-        options = Options(
-            num_steps=num_steps,
-            lr=lr,
-            num_particles=num_particles,
-            seed=seed,
-            progress=progress,
-            max_plate_nesting=vectorizing(conditioned, optimum, args, kwargs),
-        )
-        return train(conditioned, optimum, args, kwargs, options, "fit_optimum", held=held, train_model=False)
 
 
 def run_mcmc(
@@ -297,6 +234,20 @@ def held_globals(
     return {name: value.detach() for name, value in values.items()}
 
 
+def drawn_globals(
+    guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plan: AmortizationPlan, num_draws: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Returns draws of all global latents from the guide."""
+    names = {site for block in plan.blocks if not block.amortized for site in block.sites}
+    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
+        pyro.set_rng_seed(seed)
+        traces = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
+    return [
+        {name: site["value"] for name, site in trace.iter_stochastic_nodes() if plan.turn_of(name)[0] in names}
+        for trace in traces
+    ]
+
+
 def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int = 501) -> dict[str, Tensor]:
     with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
         if hasattr(guide, "median"):
@@ -314,7 +265,7 @@ def _start(
     """Copies a guide's answer into the tables of the optimum, subsample by subsample if the plate subsamples itself."""
     plan: AmortizationPlan = optimum.plan  # type: ignore[assignment]
     own = {}
-    for name, site in _answer(optimum, args, kwargs).items():
+    for name, site in site_answers(optimum, args, kwargs).items():
         planned, turn = plan.turn_of(name)
         if planned in names and normal_underneath(site["fn"]) is not None:  # a forecast's is the model's own
             own[name] = site, plan.block_of(planned), planned, turn
@@ -322,7 +273,7 @@ def _start(
     for plate in dict.fromkeys(outer.values()):
         for indices in [indices for indices, _ in covering(plate)] if plate else [None]:
             with Subsample(plate.name, indices) if plate and indices is not None else nullcontext():
-                answer = _answer(guide, args, kwargs)
+                answer = site_answers(guide, args, kwargs)
             for name in (name for name in own if outer[name] == plate):
                 _copy(optimum, *own[name], answer[name], indices)
 
@@ -336,7 +287,6 @@ def _copy(
     optimum: AutoAmortized, own: Any, block: Any, planned: str, turn: dict[str, int], site: Any, indices: Tensor | None
 ) -> None:
     """Copies a guide's answer for one site into the table of the optimum, for some elements of its outermost plate."""
-    values = optimum.coder_of(block).values[block.sites.index(planned)]
     found, name = normal_underneath(site["fn"]), own["name"]
     if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
         raise NotImplementedError(
@@ -344,24 +294,50 @@ def _copy(
             f"searched among normals on the site's own support only: Normal on the reals, LogNormal on the "
             f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
         )
-    base, around = found[0], plates_of([own])
+    write_rows(optimum, own, block, planned, turn, found[0].loc, found[0].scale, indices)
+
+
+def write_rows(
+    guide: AutoAmortized,
+    own: Any,
+    block: Any,
+    planned: str,
+    turn: dict[str, int],
+    loc: Tensor,
+    scale: Tensor,
+    indices: Tensor | None,
+) -> None:
+    """Writes normals of one site into its table, for some elements of the outermost plate.
+
+    Args:
+        guide: The guide that holds the table.
+        own: The site, of a run of that guide.
+        block: Its block in the plan.
+        planned: Its name in the plan.
+        turn: For each loop that numbers it which of its turns the site is of.
+        loc: Means, of the shape that the normal underneath the site has.
+        scale: Standard deviations, of the same shape.
+        indices: The elements that the plate shows; None for all.
+    """
+    values = guide.coder_of(block).values[block.sites.index(planned)]
+    base, around = normal_underneath(own["fn"])[0], plates_of([own])  # type: ignore[index]
     rows = torch.zeros(1, dtype=torch.long)
     for plate in block.plates:
-        size = optimum.plan.plates[plate]  # type: ignore[union-attr]
+        size = guide.plan.plates[plate]  # type: ignore[union-attr]
         here = torch.tensor([turn[plate]]) if plate in turn else torch.arange(size)
         if indices is not None:
             here, indices = (indices, None) if plate not in turn else (here, indices)
         rows = (rows[:, None] * size + here).flatten()
     axes = [
-        around[plate].dim - (base.loc.dim() - len(site["fn"].batch_shape)) for plate in block.plates if plate in around
+        around[plate].dim - (base.loc.dim() - len(own["fn"].batch_shape)) for plate in block.plates if plate in around
     ]
     first = list(range(len(axes)))
-    moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (base.loc, base.scale)]
+    moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (loc, scale)]
     with torch.no_grad():
-        values[rows] = optimum.family.parameters(*moments)
+        values[rows] = guide.family.parameters(*moments)
 
 
-def _answer(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def site_answers(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the sites of one run of a guide."""
     with preserved(guide, evaluating=True), torch.no_grad():
         with poutine.block(hide_fn=lambda msg: not site_is_subsample(msg)):

@@ -24,7 +24,7 @@ from pyro_amortize import (
     plan_amortization,
     run_mcmc,
 )
-from pyro_amortize.densities import enumerated_sites, log_densities, log_joint, vectorizing
+from pyro_amortize.densities import Evaluation, enumerated_sites, log_densities, vectorizing
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 

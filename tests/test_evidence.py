@@ -37,7 +37,7 @@ def test_smoothing_keeps_the_body_and_the_scale():
 def test_evidence_covers_the_truth_at_the_stated_rate(narrow):
     log_ratio = weights(narrow, draws=1000, rows=400) + 2.5
     evidence = estimate_evidence(log_ratio)
-    z = (evidence.value - 2.5) / standard_error(evidence.influence).clamp(min=1e-9)
+    z = (evidence.value - 2.5) / standard_error(evidence.influences["common"]).clamp(min=1e-9)
     assert float((z.abs() < 2).double().mean()) > 0.85
 
 

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 
 from pyro_amortize import AutoAmortizedNormal, Table, amortization_gap, fit_svi
-from pyro_amortize.gap import QUANTITIES
+from pyro_amortize.estimates import QUANTITIES
 
 
 def model(x):
@@ -36,7 +36,7 @@ def report():
 class TestReport:
     def test_columns(self, report):
         names = [column for quantity in QUANTITIES for column in (quantity, f"{quantity}_se")]
-        assert list(report.per_datum) == [*names, "khat"]
+        assert list(report.per_datum) == [*names, "khat", "estimator", "converged"]
         assert len(report.per_datum) == 40
         assert report.per_datum.notna().all().all()
 
