@@ -10,7 +10,7 @@ import pyro_amortize
 PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
-    {"arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
+    {"annealing", "arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
     {"loops", "encoders", "levels", "enumeration", "posterior"},
     {"held"},
     {"probes"},
