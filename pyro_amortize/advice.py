@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from pyro_amortize.plan import AmortizationPlan
+from pyro_amortize.plan import Verdict
 
 NEGLIGIBLE = 0.05
 """Nats a datum below which a gap is not worth a word."""
@@ -17,7 +17,7 @@ ERRORS = 3.0
 def advise(
     per_row: pd.DataFrame,
     blocks: pd.DataFrame,
-    plan: AmortizationPlan,
+    verdict: Verdict,
     lacking: Mapping[str, str],
     correlated: float | None,
     generalization: pd.DataFrame | None,
@@ -26,8 +26,8 @@ def advise(
 
     Args:
         per_row: A row a quantity, with columns ``total`` and ``total_se`` in nats a datum.
-        blocks: The same of the amortization gap of each block, where there are several.
-        plan: The plan that the encoders follow.
+        blocks: The same of the amortization gap of each block.
+        verdict: Whether the encoders that there are can close the gap.
         lacking: What the encoder of a block does not see.
         correlated: Nats a datum of the approximation gap that are due to correlations within a datum.
         generalization: As of :class:`~pyro_amortize.gap.GapReport`.
@@ -41,8 +41,8 @@ def advise(
             found.append((gap, f"{what} {gap:.3g} ± {se:.2g} nats a datum{share}: {remedy}"))
 
     if "amortization_gap" in per_row.index:
-        for name, (gap, se) in _by_block(per_row, blocks, plan).items():
-            add(gap, se, f"the encoder of '{name}' loses", _for_encoder(name, plan, lacking, per_row))
+        for name, (gap, se) in blocks.iterrows():
+            add(gap, se, f"the encoder of '{name}' loses", _for_encoder(name, verdict, lacking, per_row))
     if "approximation_gap" in per_row.index:
         gap, se = per_row.loc["approximation_gap", ["total", "total_se"]]
         add(gap, se, "independent normals lose, whatever the encoder,", _for_family(gap, correlated))
@@ -52,22 +52,14 @@ def advise(
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _by_block(per_row: pd.DataFrame, blocks: pd.DataFrame, plan: AmortizationPlan) -> dict[str, tuple[float, float]]:
-    if len(blocks):
-        return {name: (row["total"], row["total_se"]) for name, row in blocks.iterrows()}
-    name = next(block.name for block in plan.blocks if block.amortized)
-    return {name: tuple(per_row.loc["amortization_gap", ["total", "total_se"]])}
-
-
-def _for_encoder(name: str, plan: AmortizationPlan, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
+def _for_encoder(name: str, verdict: Verdict, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
     """Says what narrows an amortization gap: inputs that lack, the structure, or training."""
     if name in lacking:
         gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]]
         return f"{lacking[name]}. An encoder that does, trained alike, gains {gap:.3g} ± {se:.2g}"
-    block = next(block for block in plan.blocks if block.name == name)
-    if block.closable is False:
-        return f"no encoder of these inputs closes it all, since {plan.verdict.reason}"
-    lets = "the model's structure lets it vanish; " if block.closable else ""
+    if verdict.closable is False:
+        return f"no encoder of these inputs closes it all: {verdict.reason}"
+    lets = "the model's structure lets it vanish; " if verdict.closable else ""
     return f"{lets}train longer, and if that gains no more, take a wider encoder: encoder={{'{name}': MLP((256, 256))}}"
 
 

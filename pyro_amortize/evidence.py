@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_amortize.annealing import annealed_log_weights
 from pyro_amortize.arviz_bridge import good_k, psis
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import Optimum
@@ -106,7 +107,16 @@ def improved_evidence(
     thin = (found.k_hat > GOOD_ENOUGH).nonzero().flatten()
     if len(thin) and joint.loc.shape[1] <= MOST_DIMS:
         found = found.with_rows(thin, _by_mixture(joint, optimum, thin, num_draws))
-    return found
+    worst = (found.k_hat - found.limit).argsort(descending=True)[: min(num_annealed, int(found.is_doubtful.sum()))]
+    return found.with_rows(worst, _by_annealing(joint, optimum, worst, progress)) if len(worst) else found
+
+
+def _by_annealing(joint: LocalJoint, optimum: Optimum, rows: Tensor, progress: bool) -> Evidence:
+    """Anneals from q* to the posterior, chains of all data side by side."""
+    found = annealed_log_weights(
+        lambda values: joint.log_p(values, rows), optimum.loc[rows], optimum.scale[rows], progress=progress
+    )
+    return estimate_evidence(found.log_weights.cpu(), flat=4.0, by="AIS", stream="AIS")
 
 
 def _by_mixture(joint: LocalJoint, optimum: Optimum, rows: Tensor, num_draws: int) -> Evidence:

@@ -24,7 +24,6 @@ from pyro_amortize.fit import Options, SVIFit, seeded
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import TOLERANCE, Optimum, as_guide, data_plate, local_joint, record, search
 from pyro_amortize.parameters import preserved
-from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
 from pyro_amortize.reference import drawn_globals, held_globals, local_sites
 
@@ -275,7 +274,7 @@ class _Measure:
             parts = gaps(encoded, best, None if optimum is None else optimum.shortfall.double(), evidence)
             blocks, lead, correlated = {}, None, None
             if joint is not None and optimum is not None:
-                blocks, lead = _block_by_block(joint, optimum), _lead(joint, optimum)
+                blocks, lead = _block_by_block(joint, optimum, parts["amortization_gap"]), _lead(joint, optimum)
                 correlated = correlation_cost(joint, optimum) if self.plate is not None else None
         return _Found(parts, evidence, fit, blocks, lead, correlated, tuple(doubts))
 
@@ -315,11 +314,11 @@ class _Measure:
         warnings = [*self.remarks, *found[0].doubts, *_doubts(parts, found, self.options), *self._collapse(found[0])]
         between = None if unseen is None else generalization(per_datum, unseen.per_datum)
         rows = 1 if per_datum is None else len(per_datum)
-        own_plan = getattr(self.guide, "plan", None)
+        judged = getattr(self.guide, "plan", None) or self.plan
         advice = advise(
             totals(parts) / rows,
             totals(blocks) / rows,
-            own_plan if isinstance(own_plan, AmortizationPlan) else self.plan,
+            judged.verdict,
             {} if lacking is None else lacking.lacking,
             found[0].correlated,
             between,
@@ -396,11 +395,11 @@ def _doubts(parts: dict[str, Part], found: list[_Found], options: Options) -> li
     return doubts
 
 
-def _block_by_block(joint: LocalJoint, optimum: Optimum) -> dict[str, Part]:
+def _block_by_block(joint: LocalJoint, optimum: Optimum, whole: Part) -> dict[str, Part]:
     """Measures what each block's encoder costs alone, all others being at their optimum."""
     places = joint.blocks.unique().tolist()
     if len(places) == 1:
-        return {}
+        return {joint.plan.blocks[places[0]].name: whole}
     best = Part.mean_of(_log_ratio(joint, optimum.loc, optimum.scale))
     costs = {}
     for place in places:

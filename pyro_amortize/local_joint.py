@@ -115,11 +115,12 @@ class LocalJoint:
 
     def prior_moments(self) -> tuple[Tensor, Tensor]:
         """Returns means and standard deviations of the latents under the model, of 64 draws; 0 and 1 if improper."""
-        sample = poutine.trace(side_by_side(self.model, PRIOR_DRAWS, self.evaluation.nesting)).get_trace
+        model = side_by_side(self.model, PRIOR_DRAWS, self.evaluation.nesting)
         nodes: dict[str, Any] = {}
         try:
             if not self.subsamples and self.evaluation.can_vectorize(self.plate):
-                nodes = sample(*self.args, **self.kwargs).nodes
+                with torch.no_grad():
+                    nodes = poutine.trace(model).get_trace(*self.args, **self.kwargs).nodes
         except (NotImplementedError, ValueError, RuntimeError):  # a flat prior has no draws
             pass
         moments = []

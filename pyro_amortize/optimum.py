@@ -197,10 +197,11 @@ class _Walk:
 
     def step(self, places: Tensor) -> Tensor:
         """Takes a step for some of the data; returns their ELBO, shape (rows,), as its draws show it."""
-        self.adam.zero_grad()
         noise = _opposite_pairs(self.options.num_particles, self.loc[places])
         elbo = self.log_ratio(*self.at(self.shift[places], self.stretch[places], places), noise, places).mean(0)
-        (-elbo.sum()).backward()
+        way = [self.shift, self.stretch]
+        for parameter, gradient in zip(way, torch.autograd.grad(-elbo.sum(), way), strict=True):  # of nothing else
+            parameter.grad = gradient
         self.adam.step()
         return elbo.detach()
 

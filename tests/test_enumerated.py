@@ -25,6 +25,7 @@ from pyro_amortize import (
     run_mcmc,
 )
 from pyro_amortize.densities import Evaluation, enumerated_sites, log_densities, vectorizing
+from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 
@@ -39,6 +40,11 @@ START, MOVE, LEVELS = (0.6, 0.4), ((0.8, 0.2), (0.3, 0.7)), (-1.0, 2.0)
 
 def drawn(*shape, seed=0):
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def log_joint(model, guide, args, kwargs, plate, values):
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        return Evaluation(model, guide, args, kwargs).at(values, plate)
 
 
 def normal(value, loc, scale=1.0):
