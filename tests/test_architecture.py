@@ -20,12 +20,12 @@ ORDER = [
     {"verdict", "reading"},
     {"planner", "handler"},
     {"guides"},
-    {"densities", "minibatch"},
+    {"densities", "minibatch", "pointwise"},
     {"fit", "evidence"},
     {"reference"},
     {"gap"},
     {"compare"},
-    {"decorator"},
+    {"decorator", "inference_data"},
 ]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 SAMPLING = {"guides", "handler"}
