@@ -6,6 +6,7 @@ from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Table, Wi
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
+from pyro_amortize.inference_data import to_arviz
 from pyro_amortize.optimum import fit_optimum
 from pyro_amortize.plan import AmortizationPlan, Block, Verdict
 from pyro_amortize.planner import plan_amortization
@@ -39,4 +40,5 @@ __all__ = [
     "fit_svi",
     "plan_amortization",
     "run_mcmc",
+    "to_arviz",
 ]

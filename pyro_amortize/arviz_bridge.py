@@ -1,4 +1,4 @@
-"""R-hat, ESS and PSIS from ArviZ: the one file that knows both its generations, 0.x and 1.x."""
+"""What is taken from ArviZ and given to it: the one file that knows both its generations, 0.x and 1.x."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def _arviz() -> Any:
         warnings.simplefilter("ignore")
         import arviz
     return arviz
+
+
+def inference_data(groups: Mapping[str, Mapping[str, tuple[tuple[str, ...], np.ndarray]]]) -> Any:
+    """Returns ArviZ's own object: ``InferenceData`` in 0.x, ``DataTree`` in 1.x.
+
+    Args:
+        groups: Group -> variable -> names of its dimensions, and its values. Names hold no '/', and no variable has
+            that of a dimension. Elements are numbered from 0.
+    """
+    import xarray
+
+    datasets = {}
+    for group, variables in groups.items():
+        sizes = {dim: n for dims, values in variables.values() for dim, n in zip(dims, values.shape, strict=True)}
+        datasets[group] = xarray.Dataset(dict(variables), {dim: np.arange(size) for dim, size in sizes.items()})
+    arviz = _arviz()
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return arviz.InferenceData(**datasets)
+    return xarray.DataTree.from_dict(datasets)
 
 
 def r_hat(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -41,6 +41,9 @@ class SVIFit:
         num_steps: Number of steps.
         seconds: Wall-clock time of everything.
         num_parameters: Size of the guide; the model's own parameters do not count.
+        model: What the guide was fitted to; not a copy.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
     """
 
     guide: Any
@@ -51,6 +54,9 @@ class SVIFit:
     num_steps: int
     seconds: float
     num_parameters: int
+    model: Any = field(default=None, repr=False, compare=False)
+    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         state = "converged" if self.converged else "NOT converged: the loss was still falling; raise num_steps"
@@ -192,6 +198,9 @@ def train(
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
         num_parameters=num_parameters,
+        model=model,
+        args=args,
+        kwargs=kwargs,
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -76,7 +77,7 @@ def fit_optimum(
         given: Values of the global latents; by default their medians under the guide.
         num_steps: Steps of each search at most; half as many follow at the decaying rate.
         lr: Learning rate at the start, in standard deviations of q.
-        num_particles: Draws a step, in pairs of opposite sign.
+        num_particles: Draws a step, in pairs of opposite sign; one pair until the rate decays.
         seed: Of this fit.
         progress: Whether to show a progress bar.
         model_kwargs: The model's keyword arguments.
@@ -160,7 +161,7 @@ def search(joint: LocalJoint, options: Options) -> Optimum:
     parts = torch.arange(joint.num_rows).split(at_once)
     starts = [(joint.loc, joint.scale), joint.prior_moments()]
     total = len(parts) * (len(starts) * options.num_steps + _half(options.num_steps))
-    with tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
+    with pyro.validation_enabled(False), tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
         found = [
             _search(joint, rows, [(loc[rows], scale[rows]) for loc, scale in starts], options, bar) for rows in parts
         ]
@@ -195,9 +196,9 @@ class _Walk:
         self.shift, self.stretch = (torch.zeros_like(loc, requires_grad=True) for _ in range(2))
         self.adam = torch.optim.Adam([self.shift, self.stretch], lr=options.lr)
 
-    def step(self, places: Tensor) -> Tensor:
+    def step(self, places: Tensor, num_draws: int) -> Tensor:
         """Takes a step for some of the data; returns their ELBO, shape (rows,), as its draws show it."""
-        noise = _opposite_pairs(self.options.num_particles, self.loc[places])
+        noise = _opposite_pairs(num_draws, self.loc[places])
         elbo = self.log_ratio(*self.at(self.shift[places], self.stretch[places], places), noise, places).mean(0)
         way = [self.shift, self.stretch]
         for parameter, gradient in zip(way, torch.autograd.grad(-elbo.sum(), way), strict=True):  # of nothing else
@@ -231,7 +232,7 @@ def _explore(walk: _Walk, noise: Tensor, num_steps: int, bar: Any) -> tuple[Tens
         best = walk.log_ratio(loc, scale, noise, active)
     passed = [torch.zeros_like(loc), torch.zeros_like(loc)]
     for step in range(1, num_steps + 1):
-        walk.step(active)
+        walk.step(active, min(2, walk.options.num_particles))
         bar.update()
         for mean, value in zip(passed, (walk.shift, walk.stretch), strict=True):
             mean += value.detach() / every
@@ -261,7 +262,7 @@ def _settle(walk: _Walk, num_steps: int, bar: Any) -> Optimum:
     losses, shift, stretch = [], torch.zeros_like(walk.loc), torch.zeros_like(walk.loc)
     mean = square = torch.zeros(())
     for step in range(num_steps):
-        losses.append(-walk.step(everything).sum())
+        losses.append(-walk.step(everything, walk.options.num_particles).sum())
         schedule.step()
         bar.update()
         if step >= half:
@@ -316,4 +317,7 @@ def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, options: O
         num_steps=len(optimum.losses),
         seconds=time.perf_counter() - start,
         num_parameters=sum(p.numel() for p in guide_parameters(guide, args, kwargs).values()),
+        model=joint.model,
+        args=args,
+        kwargs=kwargs,
     )

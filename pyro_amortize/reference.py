@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -39,6 +39,11 @@ class MCMCFit:
         ess: Site -> bulk effective sample size of each element.
         divergences: Divergent transitions after warm-up, all chains together.
         seconds: Wall-clock time of everything.
+        diverging: Whether each transition diverged, shape (chains, draws).
+        model: What was drawn from, latents that were given conditioned; not a copy.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        given: Values at which latents were held.
     """
 
     samples: dict[str, Tensor]
@@ -46,6 +51,11 @@ class MCMCFit:
     ess: dict[str, Tensor]
     divergences: int
     seconds: float
+    diverging: Tensor | None = field(default=None, repr=False, compare=False)
+    model: Any = field(default=None, repr=False, compare=False)
+    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    given: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -157,7 +167,7 @@ def run_mcmc(
     start = time.perf_counter()
     kwargs = model_kwargs or {}
     state = pyro.util.get_rng_state()
-    chains, divergences = [], 0
+    chains, diverging = [], torch.zeros(num_chains, num_samples, dtype=torch.bool)
     with preserved(model, evaluating=True):
         pyro.util.set_rng_state(state)
         conditioned = poutine.condition(model, data=dict(given or {}))
@@ -177,14 +187,20 @@ def run_mcmc(
                 )
                 mcmc.run(*args, **kwargs)
             chains.append({name: value.detach() for name, value in mcmc.get_samples().items()})
-            divergences += sum(len(found) for found in mcmc.diagnostics()["divergences"].values())
+            for found in mcmc.diagnostics()["divergences"].values():
+                diverging[chain, found] = True
     samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
     return MCMCFit(
         samples=samples,
         r_hat=arviz_bridge.r_hat(samples),
         ess=arviz_bridge.ess(samples),
-        divergences=divergences,
+        divergences=int(diverging.sum()),
         seconds=time.perf_counter() - start,
+        diverging=diverging,
+        model=conditioned,
+        args=args,
+        kwargs=kwargs,
+        given=dict(given or {}),
     )
 
 

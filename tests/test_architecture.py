@@ -20,7 +20,7 @@ ORDER = [
     {"verdict", "reading"},
     {"planner", "handler"},
     {"guides"},
-    {"densities", "minibatch"},
+    {"densities", "minibatch", "pointwise"},
     {"fit", "local_joint"},
     {"reference"},
     {"optimum"},
@@ -29,7 +29,7 @@ ORDER = [
     {"advice", "conditioning"},
     {"gap"},
     {"compare"},
-    {"decorator"},
+    {"decorator", "inference_data"},
 ]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 SAMPLING = {"guides", "handler"}

@@ -31,7 +31,7 @@ def test_public_names_say_what_they_are(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["plan_amortization", "AutoAmortized", "amortize", "fit_svi", "amortization_gap", "MLP"]
+    "name", ["plan_amortization", "AutoAmortized", "amortize", "fit_svi", "amortization_gap", "MLP", "to_arviz"]
 )
 def test_front_doors_have_an_example(name):
     assert ">>>" in getattr(pyro_amortize, name).__doc__

@@ -1,0 +1,447 @@
+"""Answers, fits and reports, turned into ArviZ's own object, with plates as dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor
+
+from pyro_amortize import arviz_bridge
+from pyro_amortize.compare import Comparison
+from pyro_amortize.densities import Subsample, covering
+from pyro_amortize.enumeration import draw_enumerated
+from pyro_amortize.fit import SVIFit
+from pyro_amortize.gap import GapReport
+from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.parameters import preserved
+from pyro_amortize.pointwise import Pointwise, batch_of
+from pyro_amortize.posterior import Posterior
+from pyro_amortize.reference import MCMCFit
+from pyro_amortize.structure import Plate, plates_of
+
+NUM_DRAWS = 1000
+LEAD = ("chain", "draw")
+
+
+def to_arviz(obj: Any, num_samples: int | None = None) -> Any:
+    """Turns an answer, a fit or a report into ArviZ's own object, for its summaries, plots and comparisons.
+
+    It is an ``InferenceData`` in ArviZ 0.x and a ``DataTree`` in 1.x. Dimensions are ``chain`` and ``draw``, then the
+    plates around a site by their names, outer to inner, then the axes of its event, ``z_dim_0``, ``z_dim_1``, ...; axes
+    of size 1 that only fill a place between plates are left out. Sites of loops, ``z_0``, ``z_1``, ..., are variables
+    of their own. A '/' in a name, which files do not allow, becomes '_'; a site that is called ``chain`` or ``draw``,
+    and a plate that is called as these or as a site, gets a '_' at its end.
+
+    Groups:
+
+    * ``posterior``: draws of the latents, those that are summed out included, given the others and the data.
+    * ``log_likelihood``: log p(observation | latents) in nats of every observed site, by element of its plates; what a
+      mask covers counts 0. All latents are at their draws, discrete ones too; where each datum has one of its own,
+      k-hat of leave-one-out is high. Where several sites are observed, tell ArviZ which: ``az.loo(..., var_name="x")``.
+    * ``observed_data``; ``constant_data``: values at which latents were held.
+    * ``sample_stats``: ``diverging``, of MCMC.
+    * ``gap``: the numbers per datum of a report, along the plate of the data.
+
+    All but the first need the model and its data, which the records of fits remember; the model is taken as it is now,
+    in eval mode. It is left as found, and so are the param store and the random state: draws are those of a fixed seed.
+    A plate whose elements the model draws at random is walked through, all of them once.
+
+    Args:
+        obj: One of
+
+            * a ``Posterior``: one chain. Sites that are summed out have numbered dimensions, as it does not know their
+              plates; of a plate that subsamples it has one subsample.
+            * an ``SVIFit``: one chain, of the guide for the data it was fitted to. What the model is conditioned on
+              counts as data, the globals of ``fit_optimum`` too.
+            * an ``MCMCFit``: its chains.
+            * a ``GapReport``: draws of q*, and the numbers per datum; the latter alone where there is no q*.
+            * a ``Comparison``: the first of its ``fits`` has the groups above, each other one ``posterior_label``,
+              ``log_likelihood_label``, and so on. For ``az.compare``, take them one by one:
+              ``{label: to_arviz(fit) for label, fit in result.fits.items()}``.
+            * a dict from site to draws of shape (draws, *shape of the site), one chain, as ``Posterior.sample``,
+              Pyro's ``Predictive`` and its ``MCMC.get_samples()`` give. Its dimensions are numbered.
+        num_samples: Draws of each chain: of a guide 1,000 by default; of draws that are there already all by default,
+            else so many at even distances.
+
+    Returns:
+        ArviZ's object.
+
+    Raises:
+        TypeError: ``obj`` is none of these.
+        ValueError: There is nothing to draw from, or there are fewer draws than ``num_samples``.
+        NotImplementedError: The model subsamples two plates.
+
+    Example:
+        >>> import arviz as az
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> fit = fit_svi(model, AutoAmortizedNormal(model), torch.randn(50), num_steps=50, seed=0, progress=False)
+        >>> data = to_arviz(fit)
+        >>> data.posterior["z"].dims
+        ('chain', 'draw', 'data')
+        >>> len(az.summary(data))
+        50
+
+    References:
+        R. Kumar et al., ArviZ, a unified library for exploratory analysis of Bayesian models in Python, JOSS 2019,
+        https://joss.theoj.org/papers/10.21105/joss.01143
+    """
+    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+        raise ValueError(f"to_arviz: num_samples={num_samples!r}. Expected a positive whole number.")
+    if isinstance(obj, Posterior):
+        groups = _of_posterior(obj, num_samples)
+    elif isinstance(obj, SVIFit):
+        groups = _of_guide(obj.guide, _call_of(obj), num_samples)
+    elif isinstance(obj, MCMCFit):
+        groups = _of_mcmc(obj, num_samples)
+    elif isinstance(obj, GapReport):
+        groups = _of_report(obj, num_samples)
+    elif isinstance(obj, Comparison):
+        groups = _of_comparison(obj, num_samples)
+    elif isinstance(obj, Mapping):
+        groups = _of_draws(obj, num_samples)
+    else:
+        raise TypeError(
+            f"to_arviz: got a {type(obj).__name__}. Expected a Posterior, SVIFit, MCMCFit, GapReport, Comparison or a "
+            f"dict of draws. A guide answers for data: to_arviz(guide.posterior(...))."
+        )
+    if not any(groups.values()):
+        raise ValueError("to_arviz: there are no draws, as there are no latent sites.")
+    return arviz_bridge.inference_data(_named(groups))
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Values, and what their axes are.
+
+    Attributes:
+        values: Shape (*lead, ...).
+        plates: The plate of each axis after those; None for an axis of an event.
+        lead: Names of the first axes.
+    """
+
+    values: Tensor
+    plates: tuple[str | None, ...]
+    lead: tuple[str, ...] = ()
+
+
+Groups = dict[str, dict[str, _Array]]
+
+
+# Every kind of object has its groups.
+
+
+def _of_posterior(posterior: Posterior, num_samples: int | None) -> Groups:
+    with _undisturbed():
+        draws = posterior.sample((num_samples or NUM_DRAWS,))
+    arrays = {}
+    for name, value in draws.items():
+        batch = posterior.sites[name].batch_shape if name in posterior.sites else Size()
+        arrays[name] = _array(value[None], _placed(batch, posterior.plates.get(name, ())), LEAD)
+    return {"posterior": arrays}
+
+
+def _of_draws(draws: Mapping[str, Any], num_samples: int | None) -> Groups:
+    values = {name: torch.as_tensor(value)[None] for name, value in draws.items()}
+    for name, value in values.items():
+        if value.shape[1:2] != next(iter(values.values())).shape[1:2] or value.dim() < 2:
+            raise ValueError(
+                f"to_arviz: draws of '{name}' have shape {tuple(value.shape[1:])}. Expected (draws, *shape of the "
+                f"site), with as many draws as of the other sites."
+            )
+    return {"posterior": {name: _array(value, (), LEAD) for name, value in _thinned(values, num_samples).items()}}
+
+
+def _of_mcmc(fit: MCMCFit, num_samples: int | None) -> Groups:
+    with _undisturbed(fit.model):
+        groups = _of_model(_call_of(fit), _thinned(fit.samples, num_samples), set(fit.given))
+    if fit.diverging is not None:
+        thinned = _thinned({"diverging": fit.diverging}, num_samples)
+        groups["sample_stats"] = {"diverging": _array(thinned["diverging"], (), LEAD)}
+    return groups
+
+
+def _of_guide(guide: Any, call: _Call, num_samples: int | None, given: Collection[str] = ()) -> Groups:
+    num_draws = num_samples or NUM_DRAWS
+    with _undisturbed(call.model, guide):
+        plate = _subsampled(guide, call)
+        if plate is None and isinstance(guide, AutoAmortized):
+            draws = guide.posterior(*call.args, **call.kwargs).sample((num_draws,))
+            return _of_model(call, _as_a_chain(draws), given)
+        if plate is None:
+            return _of_model(call, _as_a_chain(_traced(guide, call, num_draws, {})), given)
+        parts: list[tuple[Groups, Tensor]] = []
+        shared: dict[str, Tensor] = {}
+        for indices, new in covering(plate):
+            with Subsample(plate.name, indices):
+                draws = _traced(guide, call, num_draws, shared)
+                groups = _of_model(call, _as_a_chain(draws), given, {plate.name: indices})
+            shared = {n: a.values[0] for n, a in groups["posterior"].items() if plate.name not in a.plates}
+            parts.append((groups, new))
+        return _joined(parts, plate.name)
+
+
+def _of_report(report: GapReport, num_samples: int | None) -> Groups:
+    groups: Groups = {}
+    if report.optimum is not None:
+        groups = _of_guide(report.optimum.guide, _call_of(report.optimum), num_samples, report.given)
+    if report.per_datum is not None:
+        plate = _plate_of(len(report.per_datum), groups.get("posterior", {}))
+        numbers = report.per_datum.select_dtypes("number")
+        groups["gap"] = {name: _Array(torch.tensor(numbers[name].to_numpy()), (plate,)) for name in numbers}
+    if not groups:
+        raise ValueError(
+            "to_arviz: the GapReport has neither a fit of q* nor numbers per datum. Pass what it is of: the record of "
+            "the guide's fit, or to_arviz(guide.posterior(...))."
+        )
+    return groups
+
+
+def _of_comparison(comparison: Comparison, num_samples: int | None) -> Groups:
+    records = [fit for fit in comparison.fits.values() if isinstance(fit, (SVIFit, MCMCFit))]
+    groups: Groups = {}
+    for label, fit in comparison.fits.items():
+        if isinstance(fit, MCMCFit):
+            own = _of_mcmc(fit, num_samples)
+        elif records:
+            call = _call_of(fit if isinstance(fit, SVIFit) else records[0])
+            own = _of_guide(fit.guide if isinstance(fit, SVIFit) else fit, call, num_samples)
+        else:
+            raise ValueError(
+                f"to_arviz: the Comparison holds guides only, which do not say what data they were judged on. Pass "
+                f"their answers: to_arviz(comparison.fits['{label}'].posterior(...))."
+            )
+        if groups:
+            own = {f"{group}_{label}": arrays for group, arrays in own.items() if group != "observed_data"}
+        groups |= own
+    return groups
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A model and its arguments."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _call_of(fit: SVIFit | MCMCFit) -> _Call:
+    if fit.model is None:
+        raise ValueError(
+            f"to_arviz: the {type(fit).__name__} does not say which model and data it is of. Fit again, or pass draws: "
+            f"to_arviz(guide.posterior(...)), to_arviz(guide.predictive(...))."
+        )
+    return _Call(fit.model, fit.args, fit.kwargs)
+
+
+# Draws, and the model at them.
+
+
+@contextmanager
+def _undisturbed(*models: Any) -> Iterator[None]:
+    """Runs a block from a fixed seed, in eval mode, without gradients, and puts everything back."""
+    with preserved(*models, evaluating=True), torch.no_grad(), poutine.block():
+        pyro.set_rng_seed(0)
+        yield
+
+
+def _as_a_chain(draws: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[None] for name, value in draws.items()}
+
+
+def _thinned(draws: dict[str, Tensor], num_samples: int | None) -> dict[str, Tensor]:
+    """Takes so many of each chain's draws, at even distances."""
+    if num_samples is None:
+        return draws
+    found = {}
+    for name, value in draws.items():
+        there = value.shape[1]
+        if num_samples > there:
+            raise ValueError(f"to_arviz: num_samples={num_samples}, but there are {there} draws of '{name}' a chain.")
+        found[name] = value[:, torch.arange(num_samples) * there // num_samples]
+    return found
+
+
+def _traced(guide: Any, call: _Call, num_draws: int, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Draws from any guide, run by run, draws that are shared apart; returns site -> shape (draws, *site's shape)."""
+    draws = []
+    for k in range(num_draws):
+        held = poutine.condition(guide, data={name: value[k] for name, value in shared.items()})
+        nodes = poutine.trace(held).get_trace(*call.args, **call.kwargs).nodes
+        sites = {name: site for name, site in nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
+        draws.append({n: site["value"] for n, site in sites.items() if n in shared or not site["is_observed"]})
+    return {name: torch.stack([values[name] for values in draws]) for name in draws[0]}
+
+
+class _IndicesDrawn(Messenger):
+    """Notes the plates that draw their elements; those of others were given to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            self.plates.add(msg["name"])
+
+
+def _subsampled(guide: Any, call: _Call) -> Plate | None:
+    """Returns the plate of which the model picks elements at random; one that takes its arguments as they are has none.
+
+    The latter shows the same observations whichever elements it is told to have.
+    """
+    drawn = _IndicesDrawn()
+    sites = _sites(guide, call, drawn)
+    sizes = plates_of(sites).values()
+    plates = [plate for plate in sizes if plate.size < plate.full_size and plate.name in drawn.plates]
+    picked = []
+    for plate in plates:
+        seen = []
+        for indices in (torch.arange(plate.size), torch.arange(plate.full_size)[-plate.size :]):
+            with Subsample(plate.name, indices):
+                inside = [site for site in _sites(guide, call) if plate.name in plates_of([site])]
+            seen.append([torch.as_tensor(site["value"]).nan_to_num() for site in inside if site["is_observed"]])
+        if not seen[0] or not all(map(torch.equal, *seen)):
+            picked.append(plate)
+    if len(picked) > 1:
+        raise NotImplementedError(
+            f"to_arviz: the model subsamples plates '{picked[0].name}' and '{picked[1].name}'; only one can be walked "
+            f"through. Leave subsampling to fit_svi(..., batch_size=...), or pass to_arviz(guide.posterior(...))."
+        )
+    return picked[0] if picked else None
+
+
+def _sites(guide: Any, call: _Call, handler: Any = None) -> list[Any]:
+    """Returns the sample sites of one run of the model, given one of the guide."""
+    model = handler(call.model) if handler else call.model
+    guided = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
+    nodes = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*call.args, **call.kwargs).nodes
+    return [site for site in nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+
+
+def _of_model(
+    call: _Call, draws: dict[str, Tensor], given: Collection[str], indices: Mapping[str, Tensor] | None = None
+) -> Groups:
+    """Returns the groups of a model at draws of shape (chains, draws, *shape of the site)."""
+    if not draws:
+        raise ValueError("to_arviz: there are no draws, as the guide samples no site.")
+    shape = next(iter(draws.values())).shape[:2]
+    values = {name: value.detach().flatten(0, 1) for name, value in draws.items()}
+    run = Pointwise(call.model, call.args, call.kwargs, values)
+    if run.summed_out:
+        found = draw_enumerated(call.model, call.args, call.kwargs, values, indices or {}, shape.numel())
+        values |= {name: found[name] for name in run.summed_out}
+        run = Pointwise(call.model, call.args, call.kwargs, values)
+
+    def sampled(found: Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[str, _Array]:
+        names = [name for name in sites if name in found]
+        return {n: _array(found[n].unflatten(0, shape), _around(sites[n]), LEAD) for n in names}
+
+    data = {name: _array(run.value_of(site), _around(site)) for name, site in run.observed.items()}
+    observed = {name: site for name, site in run.observed.items() if name not in given}
+    groups = {
+        "posterior": sampled(values, run.latents),
+        "log_likelihood": sampled(run.log_likelihood(), observed),
+        "observed_data": {name: array for name, array in data.items() if name not in given},
+        "constant_data": {name: array for name, array in data.items() if name in given},
+    }
+    return {group: arrays for group, arrays in groups.items() if arrays}
+
+
+# Axes.
+
+
+def _around(site: Any) -> list[str | None]:
+    """Returns the plate of each axis of a site's log density."""
+    plates = {plate.dim: plate.name for plate in plates_of([site]).values()}
+    return [plates.get(dim) for dim in range(-len(batch_of(site)), 0)]
+
+
+def _placed(batch: Size, plates: tuple[str, ...]) -> list[str | None]:
+    """Returns the plate of each axis of a batch shape, given those around it, outer to inner; None for a filled place.
+
+    The outermost axis has a plate always, so what is filled is looked for from the right.
+    """
+    names, filled = list(plates), len(batch) - len(plates)
+    placed: list[str | None] = []
+    for size in reversed(batch):
+        is_filled = filled > 0 and size == 1
+        filled -= is_filled
+        placed.append(None if is_filled or not names else names.pop())
+    return placed[::-1]
+
+
+def _array(values: Tensor, plates: Sequence[str | None], lead: tuple[str, ...] = ()) -> _Array:
+    """Leaves out the axes that only fill a place between plates."""
+    sizes = values.shape[len(lead) :]
+    kept = [i for i, size in enumerate(sizes) if i >= len(plates) or plates[i] is not None or size != 1]
+    values = values.reshape(values.shape[: len(lead)] + Size(sizes[i] for i in kept))
+    return _Array(values, tuple(plates[i] if i < len(plates) else None for i in kept), lead)
+
+
+def _joined(parts: list[tuple[Groups, Tensor]], plate: str) -> Groups:
+    """Puts the elements of a plate together, of which each part has some that are new."""
+    joined: Groups = {}
+    for group, arrays in parts[0][0].items():
+        joined[group] = {}
+        for name, array in arrays.items():
+            if plate in array.plates:
+                axis = len(array.lead) + array.plates.index(plate)
+                pieces = [g[group][name].values.movedim(axis, 0)[new].movedim(0, axis) for g, new in parts]
+                array = replace(array, values=torch.cat(pieces, axis))
+            joined[group][name] = array
+    return joined
+
+
+def _plate_of(rows: int, arrays: Mapping[str, _Array]) -> str:
+    """Returns the plate whose elements are the data: the outermost of so many around the latents."""
+    for array in sorted(arrays.values(), key=lambda array: len(array.plates)):
+        for plate, size in zip(array.plates, array.values.shape[len(array.lead) :], strict=True):
+            if plate is not None and size == rows:
+                return plate
+    return "datum"
+
+
+# Names.
+
+
+def _named(groups: Groups) -> dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]:
+    """Gives variables and dimensions names that differ, and that files allow."""
+    taken = set(LEAD)
+    names = {name: _free(name, taken) for name in dict.fromkeys(name for arrays in groups.values() for name in arrays)}
+    dims: dict[Any, str] = {}
+    found: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
+    for group, arrays in groups.items():
+        variables = found[group.replace("/", "_")] = {}
+        for name, array in arrays.items():
+            own = list(array.lead)
+            numbers = count()
+            for size, plate in zip(array.values.shape[len(own) :], array.plates, strict=True):
+                wanted = f"{names[name]}_dim_{next(numbers)}" if plate is None else plate
+                key = (wanted, plate is None, size)
+                if key not in dims:
+                    dims[key] = _free(wanted, taken)
+                own.append(dims[key])
+            variables[names[name]] = tuple(own), array.values.detach().cpu().numpy().copy()
+    return found
+
+
+def _free(name: str, taken: set[str]) -> str:
+    name = name.replace("/", "_")
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
