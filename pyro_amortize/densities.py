@@ -191,13 +191,13 @@ class Evaluation:
                 )
 
     def draws(self, plate: str | None, num_draws: int, seed: int, title: str | None) -> Densities:
-        if self.vectorized is None:
-            self.vectorized = self.can_vectorize(plate)
+        self._try_vectorizing(plate)
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pyro.set_rng_seed(seed)
         counts = [min(chunk, num_draws - start) for start in range(0, num_draws, chunk)]
         bar = tqdm(counts, desc=title, unit_scale=chunk, unit="draws", disable=title is None)
-        pieces = [self._run(plate, count if self.vectorized else None) for count in bar]
+        with pyro.validation_enabled(False):  # the runs before have shown that the model is sound
+            pieces = [self._run(plate, count if self.vectorized else None) for count in bar]
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
 
@@ -219,6 +219,7 @@ class Evaluation:
 
     def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str, size: int) -> Evaluation:
         """Returns this evaluation for a call with so many elements of a plate."""
+        self._try_vectorizing(plate)
         other = copy.copy(self)
         other.args, other.kwargs = args, kwargs
         other.frames = {**self.frames, plate: replace(self.frames[plate], size=size)}
@@ -236,9 +237,7 @@ class Evaluation:
         Returns:
             Shape (draws, rows), or (draws,).
         """
-        if self.vectorized is None:
-            with torch.no_grad():
-                self.vectorized = self.can_vectorize(plate)
+        self._try_vectorizing(plate)
         num_draws = len(next(iter(values.values())))
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pieces = []
@@ -251,11 +250,12 @@ class Evaluation:
             else:
                 part = {name: value[0] for name, value in part.items()}
             model = self._model(count if self.vectorized else None, part)
-            trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
-            for name, _ in list(trace.iter_stochastic_nodes()):
-                if name not in self.enumerated:
-                    trace.remove_node(name)
-            pieces.append(self._log_p(trace, plate, count if self.vectorized else None))
+            with pyro.validation_enabled(False):
+                trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
+                for name, _ in list(trace.iter_stochastic_nodes()):
+                    if name not in self.enumerated:
+                        trace.remove_node(name)
+                pieces.append(self._log_p(trace, plate, count if self.vectorized else None))
         return torch.cat(pieces)
 
     def _log_p(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
@@ -302,6 +302,11 @@ class Evaluation:
         dim = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
         rows = lead.movedim(dim, 1)
         return rows.reshape(rows.shape[0], rows.shape[1], -1).sum(-1)
+
+    def _try_vectorizing(self, plate: str | None) -> None:
+        if self.vectorized is None:
+            with torch.no_grad():
+                self.vectorized = self.can_vectorize(plate)
 
     def can_vectorize(self, plate: str | None) -> bool:
         """Tries whether two draws in one run have the densities that they have in a run each."""

@@ -27,7 +27,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.planner import plan_beside
 from pyro_amortize.reference import drawn_globals, held_globals, local_sites
 
-BLOCK_DRAWS = 200
+BLOCK_DRAWS = 50
 OF_EVIDENCE = ("log_evidence", "approximation_gap", "inference_gap")
 SLACK = 1e-3
 """Nats a datum by which the encoder may beat q* without a word."""
@@ -125,7 +125,7 @@ def amortization_gap(
     given: Mapping[str, Tensor] | int | None = None,
     unseen: Any = None,
     num_draws: int = 1000,
-    num_annealed: int = 100,
+    num_annealed: int = 30,
     num_steps: int = 300,
     lr: float = 0.1,
     num_particles: int = 8,
@@ -255,16 +255,17 @@ class _Measure:
         """Measures everything with the globals held."""
         start, doubts = time.perf_counter(), []
         model, guide = (poutine.condition(program, data=held) for program in (self.model, self.guide))
-        joint, optimum, fit = None, None, None
+        joint, optimum, fit, best = None, None, None, None
         with preserved(model, guide, evaluating=True), poutine.block(), seeded(self.options.seed):
+            encoded = self._log_ratio(model, guide, "encoder")
             try:
                 joint = local_joint(model, guide, self.args, self.kwargs, self.plan, self.plate)
                 optimum = search(joint, self.options)
-                fit = record(joint, as_guide(joint, optimum), optimum, self.options, start)
+                table = as_guide(joint, optimum)
+                best = self._log_ratio(model, table, "q*")
+                fit = record(joint, table, optimum, best.sum(-1), start)
             except NotImplementedError as reason:
                 doubts.append(f"no split into approximation and amortization: {reason}")
-            encoded = self._log_ratio(model, guide, "encoder")
-            best = None if fit is None else self._log_ratio(model, fit.guide, "q*")
             evidence = estimate_evidence(encoded if best is None else best)
             if joint is not None and optimum is not None and self.plate is not None:
                 with torch.no_grad():

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -77,7 +76,7 @@ def fit_optimum(
         given: Values of the global latents; by default their medians under the guide.
         num_steps: Steps of each search at most; half as many follow at the decaying rate.
         lr: Learning rate at the start, in standard deviations of q.
-        num_particles: Draws a step, in pairs of opposite sign; one pair until the rate decays.
+        num_particles: Draws a step, in pairs of opposite sign; one pair until the last quarter of the search.
         seed: Of this fit.
         progress: Whether to show a progress bar.
         model_kwargs: The model's keyword arguments.
@@ -103,7 +102,9 @@ def fit_optimum(
     with preserved(model, guide, evaluating=True), poutine.block(), seeded(seed):
         joint = local_joint(conditioned, fixed, args, kwargs, plan, plate)
         optimum = search(joint, options)
-        return record(joint, as_guide(joint, optimum), optimum, options, start)
+        table = as_guide(joint, optimum)
+        ratio = log_densities(conditioned, table, args, kwargs, num_draws=NUM_DRAWS, seed=seed or 0).log_ratio
+        return record(joint, table, optimum, ratio, start)
 
 
 def data_plate(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> tuple[str | None, list[str]]:
@@ -161,7 +162,7 @@ def search(joint: LocalJoint, options: Options) -> Optimum:
     parts = torch.arange(joint.num_rows).split(at_once)
     starts = [(joint.loc, joint.scale), joint.prior_moments()]
     total = len(parts) * (len(starts) * options.num_steps + _half(options.num_steps))
-    with pyro.validation_enabled(False), tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
+    with tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
         found = [
             _search(joint, rows, [(loc[rows], scale[rows]) for loc, scale in starts], options, bar) for rows in parts
         ]
@@ -169,6 +170,10 @@ def search(joint: LocalJoint, options: Options) -> Optimum:
         torch.cat([getattr(part, what) for part in found]) for what in ("loc", "scale", "shortfall")
     )
     return Optimum(loc, scale, shortfall, torch.stack([part.losses for part in found]).sum(0))
+
+
+def _few(options: Options) -> int:
+    return min(2, options.num_particles)
 
 
 def _half(num_steps: int) -> int:
@@ -232,7 +237,7 @@ def _explore(walk: _Walk, noise: Tensor, num_steps: int, bar: Any) -> tuple[Tens
         best = walk.log_ratio(loc, scale, noise, active)
     passed = [torch.zeros_like(loc), torch.zeros_like(loc)]
     for step in range(1, num_steps + 1):
-        walk.step(active, min(2, walk.options.num_particles))
+        walk.step(active, _few(walk.options))
         bar.update()
         for mean, value in zip(passed, (walk.shift, walk.stretch), strict=True):
             mean += value.detach() / every
@@ -262,7 +267,7 @@ def _settle(walk: _Walk, num_steps: int, bar: Any) -> Optimum:
     losses, shift, stretch = [], torch.zeros_like(walk.loc), torch.zeros_like(walk.loc)
     mean = square = torch.zeros(())
     for step in range(num_steps):
-        losses.append(-walk.step(everything, walk.options.num_particles).sum())
+        losses.append(-walk.step(everything, walk.options.num_particles if step >= half else _few(walk.options)).sum())
         schedule.step()
         bar.update()
         if step >= half:
@@ -304,10 +309,9 @@ def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
     return guide
 
 
-def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, options: Options, start: float) -> SVIFit:
-    """Makes the record of a search that began at a time."""
+def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, ratio: Tensor, start: float) -> SVIFit:
+    """Makes the record of a search that began at a time, from log p - log q of draws from its guide."""
     args, kwargs = joint.args, joint.kwargs
-    ratio = log_densities(joint.model, guide, args, kwargs, num_draws=NUM_DRAWS, seed=options.seed or 0).log_ratio
     return SVIFit(
         guide=guide,
         losses=optimum.losses,
