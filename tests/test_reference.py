@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
@@ -148,6 +149,76 @@ def test_mean_field_trains_a_copy_of_the_model():
     exact = dist.Normal(x.mean(), math.sqrt(2)).log_prob(x).sum()
     assert fit.elbo == pytest.approx(float(exact), abs=1.0 + 3 * fit.elbo_se)
     assert "weight" not in pyro.get_param_store()
+
+
+class TestMeanFieldFromAGuide:
+    @staticmethod
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 5.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        shift = pyro.sample("shift", dist.Uniform(-1.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(theta, 1.0).expand([2]).to_event(1))
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 0.5))
+            pyro.sample("x", dist.Normal(z * rate[..., None] + weights[0] + shift, 1.0).to_event(1), obs=x)
+
+    @pytest.mark.parametrize("make", [AutoAmortizedNormal, AutoNormal], ids=["generated", "AutoNormal"])
+    def test_starts_from_its_answer_globals_included(self, make):
+        x = torch.randn(10, 2)
+        guide = make(self.model)
+        trained = fit_svi(self.model, guide, x, num_steps=30, lr=0.05, seed=0, progress=False)
+        fit = fit_mean_field(self.model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        assert fit.elbo == pytest.approx(trained.elbo, abs=1e-3)
+        answer = fit.guide.posterior(x)
+        for name, median in guide.median(x).items():
+            torch.testing.assert_close(answer.median[name], median)
+
+    def test_starts_from_a_guide_written_by_hand(self):
+        def model(x):
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, rate))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            pyro.sample("rate", dist.LogNormal(0.4, 0.3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+        x = torch.randn(10)
+        fit = fit_mean_field(model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        posterior = fit.guide.posterior(x)
+        torch.testing.assert_close(posterior.mean["z"], x / 2)
+        torch.testing.assert_close(posterior.stddev["z"], torch.full((10,), 0.7))
+        assert float(posterior.median["rate"]) == pytest.approx(math.exp(0.4), abs=1e-5)
+
+    def test_starts_from_subsamples_of_a_plate(self):
+        def model(x):
+            with pyro.plate("data", len(x), subsample_size=4) as i:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+        x = torch.randn(10)
+        guide = AutoAmortizedNormal(model)
+        fit_svi(model, guide, x, num_steps=20, lr=0.05, seed=0, progress=False)
+        fit = fit_mean_field(model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        table = fit.guide.coder_of(fit.guide.plan.block_of("z")).values[0]
+        assert len(table) == 10
+        assert (table[:, 0].sort().values != 0).all()
+
+    @pytest.mark.parametrize(
+        ("make", "error", "text"),
+        [
+            (AutoAmortizedNormal, RuntimeError, r"no parameters yet.*fit_svi"),
+            (AutoDelta, NotImplementedError, r"'theta'.*Delta.*normals.*AutoNormal"),
+            (lambda model: lambda x: None, ValueError, r"does not sample 'theta'.*start= out"),
+            (lambda model: 3, ValueError, r"start is a int.*start=fit.guide"),
+        ],
+        ids=["untrained", "points", "lacking", "number"],
+    )
+    def test_guides_that_cannot_be_read(self, make, error, text):
+        with pytest.raises(error, match=text):
+            fit_mean_field(self.model, torch.randn(10, 2), start=make(self.model), num_steps=1, progress=False)
 
 
 class TestOptimum:
