@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
@@ -70,6 +71,7 @@ def log_densities(
     plate: str | None = None,
     num_draws: int = 1000,
     seed: int = 0,
+    title: str | None = None,
 ) -> Densities:
     """Draws from a guide and returns the log densities of the draws.
 
@@ -85,19 +87,20 @@ def log_densities(
         plate: Name of the plate whose elements are the data; None for totals.
         num_draws: Number of draws.
         seed: Of the draws; two guides of the same sites get common random numbers.
+        title: What a progress bar over the draws says; None for no bar.
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(seed)
         evaluation = _Evaluation(model, guide, args, kwargs)
         if plate is None:
-            return evaluation.draws(None, num_draws, seed)
+            return evaluation.draws(None, num_draws, seed, title)
         parts, order = [], []
         if plate not in evaluation.frames:
             raise ValueError(f"log_densities: the model has no plate '{plate}'. Known: {sorted(evaluation.frames)}.")
         evaluation.refuse_other_plates(plate)
         for indices, new in covering(evaluation.frames[plate]):
             with Subsample(plate, indices):
-                part = evaluation.draws(plate, num_draws, seed)
+                part = evaluation.draws(plate, num_draws, seed, title)
             parts.append((part.log_p[:, new], part.log_q[:, new]))
             order.append(indices[new])
         log_p, log_q = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
@@ -211,16 +214,15 @@ class _Evaluation:
                     f"'with pyro.plate({plate!r}, ...):' around it in the guide."
                 )
 
-    def draws(self, plate: str | None, num_draws: int, seed: int) -> Densities:
+    def draws(self, plate: str | None, num_draws: int, seed: int, title: str | None) -> Densities:
         if self.vectorized is None:
             self.vectorized = self.can_vectorize(plate)
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pyro.set_rng_seed(seed)
         pieces = []
-        while num_draws > 0:
-            count = min(chunk, num_draws)
+        for start in tqdm(range(0, num_draws, chunk), desc=title, disable=title is None):
+            count = min(chunk, num_draws - start)
             pieces.append(self._run(plate, count if self.vectorized else None))
-            num_draws -= count
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
 

@@ -23,7 +23,7 @@ ORDER = [
     {"densities", "minibatch"},
     {"fit", "evidence"},
     {"reference"},
-    {"gap"},
+    {"gap", "moments"},
     {"compare"},
     {"decorator"},
 ]
