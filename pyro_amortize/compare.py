@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_amortize import plots
@@ -316,11 +317,11 @@ def _table(
 
 
 def _answers_new_rows(fit: Any) -> bool:
-    """Whether a fit's guide answers for rows it never saw; a guide written by hand is taken to."""
+    """Whether a fit's guide answers for rows it never saw; a guide written by hand is taken to, none of Pyro's own."""
     guide = _guide_of(fit)
     if isinstance(guide, AutoAmortized):
         return guide.plan is not None and any(block.amortized for block in guide.plan.blocks)
-    return not isinstance(fit, MCMCFit)
+    return not isinstance(fit, MCMCFit) and not isinstance(guide, AutoGuide)
 
 
 def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

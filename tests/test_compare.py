@@ -2,8 +2,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_amortize import MLP, AutoAmortizedNormal, Constant, compare_inference, fit_svi, run_mcmc
+from pyro_amortize import MLP, AutoAmortizedNormal, Constant, MCMCFit, compare_inference, fit_svi
+from pyro_amortize.arviz_bridge import ess, r_hat
 
 
 def model(x):
@@ -21,6 +23,13 @@ def by_hand(x):
         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
 
 
+def drawn():
+    """Draws from the exact posterior in the place of chains, which take longer."""
+    generator = torch.Generator().manual_seed(3)
+    samples = {"z": DATA / 2 + 0.5**0.5 * torch.randn(4, 500, len(DATA), generator=generator)}
+    return MCMCFit(samples, r_hat(samples), ess(samples), ess(samples, "tail"), divergences=0, seconds=9.0)
+
+
 @pytest.fixture(scope="module")
 def comparison():
     methods = {
@@ -29,7 +38,7 @@ def comparison():
         "exact": by_hand,
         "mean_field": "mean_field",
         "warm": "mean_field_warm",
-        "nuts": run_mcmc(model, DATA, num_samples=500, warmup_steps=100, num_chains=2, seed=0, progress=False),
+        "nuts": drawn(),
     }
     return compare_inference(model, DATA, methods=methods, svi=SVI, progress=False)
 
@@ -187,6 +196,13 @@ def test_a_seed_repeats_everything():
     assert not first.table[columns].equals(other.table[columns])
     draws, again = (result.fits["mcmc"].samples["z"] for result in (first, same))
     assert torch.equal(draws, again)
+
+
+def test_pyro_s_own_guides_are_judged_and_not_taken_for_amortized():
+    fit = fit_svi(model, AutoNormal(model), DATA, num_steps=50, seed=0, progress=False)
+    comparison = compare_inference(model, DATA, methods={"auto": fit, "exact": by_hand}, progress=False)
+    assert comparison.table.loc["auto", "seconds_per_new_row"] == fit.seconds / 30
+    assert comparison.plot().legends
 
 
 def test_mcmc_that_cannot_run_is_left_out_with_the_reason():
