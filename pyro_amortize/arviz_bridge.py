@@ -1,4 +1,4 @@
-"""What is taken from ArviZ and given to it: the one file that knows both its generations, 0.x and 1.x."""
+"""ArviZ's objects, R-hat, ESS, Monte Carlo errors and PSIS: the one file that knows its generations, 0.x and 1.x."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FEWEST_DRAWS = 25
+FEWEST_IN_CHAIN = 4
 OFTEN = 20
 """Draws of the largest weight from which it counts as reached."""
 
@@ -43,21 +44,44 @@ def inference_data(groups: Mapping[str, Mapping[str, tuple[tuple[str, ...], np.n
 
 
 def r_hat(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the rank-normalized split R-hat of each element; draws have shape (chains, draws, *shape)."""
-    return _each(_arviz().rhat, samples)
+    """Returns the rank-normalized split R-hat of each element; draws have shape (chains, draws, *shape).
+
+    It is NaN for one chain, fewer than four draws, and elements that never change.
+    """
+    return _each(_arviz().rhat, samples, 2)
 
 
-def ess(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the bulk effective sample size of each element; draws have shape (chains, draws, *shape)."""
-    return _each(_arviz().ess, samples)
+def ess(samples: Mapping[str, Tensor], method: str = "bulk") -> dict[str, Tensor]:
+    """Returns an effective sample size of each element; draws have shape (chains, draws, *shape).
+
+    Args:
+        samples: Site -> draws. With fewer than four, sizes are NaN.
+        method: "bulk", that of the middle, or "tail", the smaller one of the 5 % and 95 % quantiles.
+    """
+    return _each(_arviz().ess, samples, 1, method=method)
 
 
-def _each(diagnostic: Any, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mcse(samples: Mapping[str, Tensor], method: str = "mean", prob: float | None = None) -> dict[str, Tensor]:
+    """Returns the Monte Carlo standard error of an estimate of each element; draws have shape (chains, draws, *shape).
+
+    Args:
+        samples: Site -> draws. With fewer than four, errors are NaN.
+        method: Of what: "mean", "sd" or "quantile".
+        prob: Level of the quantile.
+    """
+    options = {"method": method} if prob is None else {"method": method, "prob": prob}
+    return _each(_arviz().mcse, samples, 1, **options)
+
+
+def _each(diagnostic: Any, samples: Mapping[str, Tensor], fewest_chains: int, **options: Any) -> dict[str, Tensor]:
+    chains, draws = next(iter(samples.values())).shape[:2]
+    if chains < fewest_chains or draws < FEWEST_IN_CHAIN:  # 0.x logs a complaint for each element
+        return {name: torch.full(value.shape[2:], torch.nan, dtype=torch.float64) for name, value in samples.items()}
     # Sites are numbered, since a name such as "net.weight" or "chain" means something to xarray.
     arrays = {f"site_{i}": value.detach().cpu().numpy() for i, value in enumerate(samples.values())}
     with np.errstate(all="ignore"), warnings.catch_warnings():  # chains that do not move have no R-hat
         warnings.simplefilter("ignore")
-        found = diagnostic(arrays)
+        found = diagnostic(arrays, **options)
     return {name: torch.as_tensor(np.asarray(found[f"site_{i}"])) for i, name in enumerate(samples)}
 
 

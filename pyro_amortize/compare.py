@@ -11,26 +11,30 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_amortize import plots
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
-from pyro_amortize.encoders import Table
+from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
 from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
 from pyro_amortize.planner import plan_amortization, plan_beside
-from pyro_amortize.reference import MCMCFit, run_mcmc
+from pyro_amortize.reference import MCMCFit, mean_field_guide, run_mcmc
 
 METHODS = ("amortized", "mean_field", "mcmc")
+STEPS = "svi={'num_steps': ..., 'num_particles': ...}"
+KNOWN = ("amortized", "mean_field", "mean_field_warm", "mcmc")
 COLUMNS = (
     "elbo",
     "elbo_se",
     "gap",
     "gap_se",
+    "gap_to",
     "num_parameters",
     "seconds",
     "seconds_per_new_row",
@@ -43,12 +47,16 @@ class Comparison:
     """Methods of inference on one model and data. ``print`` shows the table with its doubts.
 
     Attributes:
-        table: Index ``method``; ``elbo`` and ``gap`` to the best ELBO found, in nats with standard errors,
-            ``num_parameters``, ``seconds``, ``seconds_per_new_row`` (an encoder's forward pass; the others fit again),
-            and ``break_even_rows``: from so many rows on, the cheapest amortized method costs less than this one.
-        moments: Index ``method``, ``site``: against MCMC, ``mean_error``, the root mean square error of the posterior
-            mean in posterior standard deviations, and ``sd_ratio``, the mean ratio of standard deviations. None
-            without MCMC.
+        table: Index ``method``; ``elbo`` and ``gap`` to the best ELBO found, in nats with standard errors, ``gap_to``,
+            the method whose ELBO that is, ``num_parameters``, ``seconds``, ``seconds_per_new_row`` (an encoder's
+            forward pass; the others fit again), and ``break_even_rows``: from so many rows on, the cheapest amortized
+            method costs less than this one.
+        moments: Index ``method``, ``site``: against MCMC, ``mean_error``, the root mean square over elements of the
+            error of the posterior mean in posterior standard deviations, ``q05_error``, ``q50_error`` and
+            ``q95_error``, those of quantiles, and ``sd_ratio``, the mean ratio of standard deviations. The column
+            ``*_error_se`` is the root mean square of the elements' Monte Carlo standard errors, sqrt(mean_j mcse_j^2 /
+            sd_j^2), which is what an exact method would show on average: an error below twice this may be none.
+            ``sd_ratio_se`` is a standard error. None without MCMC that converged.
         fits: Method -> its ``SVIFit`` or ``MCMCFit``.
         warnings: Reasons to doubt the comparison.
     """
@@ -59,19 +67,34 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def plot(self) -> Any:
-        """Draws ELBO against steps and against seconds; returns a matplotlib Figure."""
+        """Draws ELBO against steps and seconds, below it errors against MCMC; returns a matplotlib Figure."""
         fits = {label: fit for label, fit in self.fits.items() if isinstance(fit, SVIFit)}
-        return plots.elbo_curves(
-            {label: fit.losses for label, fit in fits.items()}, {label: fit.seconds for label, fit in fits.items()}
+        return plots.comparison(
+            {label: fit.losses for label, fit in fits.items()},
+            {label: fit.seconds for label, fit in fits.items()},
+            self.moments,
         )
 
     def __str__(self) -> str:
         def number(value: float) -> str:
             return f"{value:.6g}" if abs(value) >= 1000 else f"{value:.3g}"
 
-        lines = ["Comparison, in nats", self.table.to_string(float_format=number, na_rep="-")]
+        lines = ["Comparison, in nats", self.table.drop(columns="gap_to").to_string(float_format=number, na_rep="-")]
+        if len(best := self.table["gap_to"].dropna()):
+            lines[0] += f"; gaps are to {best.iloc[0]}, the best ELBO found"
         if self.moments is not None:
-            lines += ["against MCMC:", self.moments.to_string(float_format=number, na_rep="-")]
+            names = [name for name in self.moments.columns if not name.endswith("_se")]
+            shown = {
+                name: [
+                    f"{number(value)} ± {number(se)}"
+                    for value, se in zip(self.moments[name], self.moments[f"{name}_se"], strict=True)
+                ]
+                for name in names
+            }
+            lines += [
+                "against MCMC, errors in posterior sd (± of an error: what noise alone would show):",
+                pd.DataFrame(shown, index=self.moments.index).to_string(),
+            ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
@@ -88,6 +111,11 @@ def compare_inference(
 ) -> Comparison:
     """Fits the same model and data by several methods, and sets their ELBOs, times and moments side by side.
 
+    Mean-field inference from scratch may end in a local optimum below the amortized one, and "mean_field_warm" finds a
+    better one then. Gaps are to the best ELBO found, whichever method's it is, and a fit that ends below one whose
+    family its own holds is warned of. There are moments against MCMC only if it converged
+    (:attr:`~pyro_amortize.reference.MCMCFit.converged`).
+
     All variational fits have the same optimizer and schedule. The model's own parameters are those that the first
     fit learns on a copy (if a fit or a trained guide comes first, as they are); the others hold them. In the end they
     are put back, so what ``fits`` holds was trained for parameters that the model may no longer have.
@@ -95,14 +123,15 @@ def compare_inference(
     Main arguments:
         model: A Pyro model.
         args: Its positional arguments.
-        methods: Among "amortized", "mean_field" and "mcmc"; or a dict from labels to these, to guides (a
-            generated one without parameters yet is trained, others are judged as they are) or to fits.
+        methods: Among "amortized", "mean_field", "mean_field_warm" (started from the answer of the best amortized
+            guide among the methods before it) and "mcmc"; or a dict from labels to these, to guides (a generated one
+            without parameters yet is trained, others are judged as they are) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
         mcmc: Options of :func:`~pyro_amortize.reference.run_mcmc`.
         model_kwargs: The model's keyword arguments.
 
     Other Arguments:
-        num_draws: Draws behind each ELBO.
+        num_draws: Draws behind each ELBO, and behind the moments of guides written by hand.
         seed: Of everything.
         progress: Whether to show progress bars.
 
@@ -110,7 +139,21 @@ def compare_inference(
         The comparison.
 
     Raises:
-        ValueError: A method is not known.
+        ValueError: A method is not known, or "mean_field_warm" has no amortized method before it.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> methods = ("amortized", "mean_field", "mean_field_warm")
+        >>> result = compare_inference(model, torch.randn(50), methods=methods, svi={"num_steps": 300}, progress=False)
+        >>> list(result.table.index)
+        ['amortized', 'mean_field', 'mean_field_warm']
+
+    References:
+        C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
+        https://arxiv.org/abs/2307.11018
     """
     kwargs = model_kwargs or {}
     asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
@@ -119,60 +162,117 @@ def compare_inference(
     state = pyro.util.get_rng_state()
     with preserved(model) as held:
         pyro.util.set_rng_state(state)
-        fits = _fits(model, args, kwargs, asked, options, held)
-        warnings = []
+        fitting = _Fitting(model, args, kwargs, options, held, num_draws, seed)
+        for label, what in asked.items():
+            if what != "mcmc":
+                fitting.fit(label, what)
         for label in (label for label, what in asked.items() if what == "mcmc"):
-            try:
-                chosen = {"seed": seed, "progress": progress, **(mcmc or {})}
-                fits[label] = run_mcmc(model, *args, model_kwargs=kwargs, **chosen)
-            except (ValueError, NotImplementedError) as reason:
-                warnings.append(f"{label} is left out: {reason}")
-        fits = {label: fits[label] for label in asked if label in fits}
-        ratios = {
-            label: log_densities(model, _guide_of(fit), args, kwargs, num_draws=num_draws, seed=seed).log_ratio
-            for label, fit in fits.items()
-            if not isinstance(fit, MCMCFit)
-        }
+            fitting.draw(label, {"seed": seed, "progress": progress, **(mcmc or {})})
+        fits = {label: fitting.fits[label] for label in asked if label in fitting.fits}
+        ratios, warnings = fitting.ratios, fitting.warnings
         num_rows = _num_rows(model, fits, args, kwargs)
         table = _table(fits, ratios, args, kwargs, num_rows)
-        moments = _moments(fits, args, kwargs)
-    mean_field = [label for label, fit in fits.items() if isinstance(fit, SVIFit) and not _answers_new_rows(fit)]
-    warnings += _doubts(table, fits, mean_field, tolerance=max(0.1, 1e-3 * num_rows))
+        reference = next((fit for fit in fits.values() if isinstance(fit, MCMCFit) and fit.converged), None)
+        moments = None
+        if reference is not None:
+            guides = {label: _guide_of(fits[label]) for label in ratios}
+            moments, left_out = against_mcmc(
+                guides, reference.samples, args, kwargs, num_draws=num_draws, seed=seed, progress=progress
+            )
+            warnings += [f"'{name}' has no moments: MCMC has no draws of it" for name in left_out]
+    warm = any(what == "mean_field_warm" for what in asked.values())
+    warnings += [*_doubts(fits), *_below(fits, ratios, warm, tolerance=max(0.1, 1e-3 * num_rows))]
     return Comparison(table, moments, fits, tuple(warnings))
 
 
 def _check_methods(asked: Mapping[str, Any]) -> None:
     for label, what in asked.items():
-        if isinstance(what, str) and what not in METHODS:
-            raise ValueError(f"compare_inference: method '{what}' is not known. Known: {list(METHODS)}.")
+        if isinstance(what, str) and what not in KNOWN:
+            raise ValueError(f"compare_inference: method '{what}' is not known. Known: {list(KNOWN)}.")
         if not isinstance(what, (str, SVIFit, MCMCFit)) and not callable(what):
             raise ValueError(
-                f"compare_inference: methods['{label}'] is a {type(what).__name__}. Expected one of {list(METHODS)}, a "
+                f"compare_inference: methods['{label}'] is a {type(what).__name__}. Expected one of {list(KNOWN)}, a "
                 f"guide or a fit."
             )
-
-
-def _fits(
-    model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    asked: Mapping[str, Any],
-    options: Options,
-    held: Preserved,
-) -> dict[str, Any]:
-    """Fits whatever is not fitted yet, MCMC apart. The first fit trains the model's parameters, others hold them."""
-    fits: dict[str, Any] = {}
+    may_be_amortized = False
     for label, what in asked.items():
-        if what == "mcmc":
-            continue
-        encoders = {"amortized": None, "mean_field": Table()}
-        guide = AutoAmortized(model, encoder=encoders[what]) if isinstance(what, str) else what
-        if isinstance(guide, AutoAmortized) and guide.plan is None:
-            first = not fits
-            fits[label] = train(model, guide, args, kwargs, options, label, held=held, train_model=first)
-        else:
-            fits[label] = guide
-    return fits
+        if what == "mean_field_warm" and not may_be_amortized:
+            raise _nothing_to_start_from(label)
+        may_be_amortized |= what == "amortized" or not isinstance(what, (str, MCMCFit))
+
+
+def _nothing_to_start_from(label: str) -> ValueError:
+    return ValueError(
+        f"compare_inference: method '{label}' starts from an amortized guide's answer, and no method before it is one. "
+        f"Put it after: methods=('amortized', 'mean_field', 'mean_field_warm')."
+    )
+
+
+@dataclass
+class _Fitting:
+    """Fits method after method. The first fit trains the model's parameters, others hold them."""
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: Options
+    held: Preserved
+    num_draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.fits: dict[str, Any] = {}
+        self.ratios: dict[str, Tensor] = {}
+        self.warnings: list[str] = []
+
+    def fit(self, label: str, what: Any) -> None:
+        """Fits a guide that is not fitted yet, and draws what its ELBO is the mean of."""
+        fit = what
+        if isinstance(what, str) or (isinstance(what, AutoAmortized) and what.plan is None):
+            try:
+                guide = self._guide(label, what)
+            except (ValueError, NotImplementedError) as reason:
+                if what != "mean_field_warm":
+                    raise
+                self.warnings.append(f"{label} is left out: {reason}")
+                return
+            first = not self.fits
+            fit = train(
+                self.model, guide, self.args, self.kwargs, self.options, label, held=self.held, train_model=first
+            )
+        self.fits[label] = fit
+        if not isinstance(fit, MCMCFit):
+            densities = log_densities(
+                self.model,
+                _guide_of(fit),
+                self.args,
+                self.kwargs,
+                num_draws=self.num_draws,
+                seed=self.seed,
+                title=f"ELBO of {label}" if self.options.progress else None,
+            )
+            self.ratios[label] = densities.log_ratio
+
+    def _guide(self, label: str, what: Any) -> AutoAmortized:
+        if what == "amortized":
+            return AutoAmortized(self.model)
+        if what == "mean_field":
+            return AutoAmortized(self.model, encoder=Table())
+        if what == "mean_field_warm":
+            amortized = [name for name in self.ratios if _answers_new_rows(self.fits[name])]
+            if not amortized:
+                raise _nothing_to_start_from(label)
+            best = max(amortized, key=lambda name: float(self.ratios[name].mean()))
+            start = _guide_of(self.fits[best])
+            return mean_field_guide(self.model, self.args, self.kwargs, start, self.options.seed)
+        return what  # type: ignore[no-any-return]
+
+    def draw(self, label: str, options: Mapping[str, Any]) -> None:
+        """Runs MCMC, or says why it cannot run."""
+        try:
+            self.fits[label] = run_mcmc(self.model, *self.args, model_kwargs=self.kwargs, **options)
+        except (ValueError, NotImplementedError) as reason:
+            self.warnings.append(f"{label} is left out: {reason}")
 
 
 def _guide_of(fit: Any) -> Any:
@@ -199,11 +299,12 @@ def _table(
     best = max(means, key=means.__getitem__) if means else None
     rows = {}
     for label, fit in fits.items():
-        row = dict.fromkeys(COLUMNS, math.nan)
+        row: dict[str, Any] = {**dict.fromkeys(COLUMNS, math.nan), "gap_to": None}
         if label in ratios:
             row["elbo"], row["elbo_se"] = means[label], float(standard_error(ratios[label]))
             behind = ratios[best] - ratios[label]  # type: ignore[index]
             row["gap"], row["gap_se"] = float(behind.mean()), float(standard_error(behind))
+            row["gap_to"] = best
             parameters = guide_parameters(_guide_of(fit), args, kwargs)
             row["num_parameters"] = sum(parameter.numel() for parameter in parameters.values())
         row["seconds"] = getattr(fit, "seconds", math.nan)
@@ -216,11 +317,11 @@ def _table(
 
 
 def _answers_new_rows(fit: Any) -> bool:
-    """Whether a fit's guide answers for rows it never saw; a guide written by hand is taken to."""
+    """Whether a fit's guide answers for rows it never saw; a guide written by hand is taken to, none of Pyro's own."""
     guide = _guide_of(fit)
     if isinstance(guide, AutoAmortized):
         return guide.plan is not None and any(block.amortized for block in guide.plan.blocks)
-    return not isinstance(fit, MCMCFit)
+    return not isinstance(fit, MCMCFit) and not isinstance(guide, AutoGuide)
 
 
 def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -235,7 +336,7 @@ def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float
     return sorted(times[1:])[2]
 
 
-def _break_even(rows: dict[str, dict[str, float]], amortized: list[str]) -> None:
+def _break_even(rows: dict[str, dict[str, Any]], amortized: list[str]) -> None:
     """Fills in from how many rows on the fastest amortized fit costs less than fitting again by another method."""
     trained = [label for label in amortized if not math.isnan(rows[label]["seconds"])]
     if not trained:
@@ -247,48 +348,56 @@ def _break_even(rows: dict[str, dict[str, float]], amortized: list[str]) -> None
             row["break_even_rows"] = math.ceil(fastest["seconds"] / saved)
 
 
-def _moments(fits: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> pd.DataFrame | None:
-    draws = next((fit.samples for fit in fits.values() if isinstance(fit, MCMCFit)), None)
-    if draws is None:
-        return None
-    rows = []
-    for label, fit in fits.items():
-        if isinstance(fit, MCMCFit):
-            continue
-        for name, (mean, sd) in _site_moments(_guide_of(fit), args, kwargs).items():
-            if name in draws:
-                true, spread = draws[name].mean((0, 1)), draws[name].flatten(0, 1).std(0)
-                error = ((mean.reshape(true.shape) - true) / spread).square().mean().sqrt()
-                rows.append((label, name, float(error), float((sd.reshape(true.shape) / spread).mean())))
-    table = pd.DataFrame(rows, columns=["method", "site", "mean_error", "sd_ratio"])
-    return table.set_index(["method", "site"])
-
-
-def _site_moments(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    if isinstance(guide, AutoAmortized):
-        posterior = guide.posterior(*args, **kwargs)
-        mean, sd = posterior.mean, posterior.stddev
-        return {name: (mean[name], sd[name]) for name in mean}
-    with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        traces = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(500)]
-    names = [name for name, site in traces[0].iter_stochastic_nodes() if site["value"].is_floating_point()]
-    draws = {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
-    return {name: (value.mean(0), value.std(0)) for name, value in draws.items()}
-
-
-def _doubts(table: pd.DataFrame, fits: Mapping[str, Any], mean_field: list[str], tolerance: float) -> list[str]:
+def _doubts(fits: Mapping[str, Any]) -> list[str]:
     found = []
     for label, fit in fits.items():
         if isinstance(fit, SVIFit) and not fit.converged:
             found.append(f"{label} was still improving at its last step: raise svi={{'num_steps': ...}}")
         if isinstance(fit, MCMCFit):
+            if not fit.converged:
+                found.append(
+                    f"{label} did not converge, so there are no moments against it: raise mcmc={{'num_samples': ..., "
+                    f"'warmup_steps': ..., 'num_chains': ...}}"
+                )
             found += [f"{label}: {text}" for text in fit.warnings]
-    for label in mean_field:
-        gap, se = table.loc[label, "gap"], table.loc[label, "gap_se"]
-        if gap > max(2 * se, tolerance):
-            best = table["elbo"].astype(float).idxmax()
-            found.append(
-                f"{label} ended {gap:.3g} ± {se:.2g} nats below {best}, though its family holds that one's: it did not "
-                f"reach its optimum, and gaps are measured from {best}; raise svi={{'num_steps': ...}}"
-            )
+    return found
+
+
+def _breadth(fit: Any) -> int | None:
+    """Returns 0 for a generated guide with one row for all, 1 with an encoder, 2 with tables: each holds those before.
+
+    None for other guides.
+    """
+    guide = _guide_of(fit)
+    if not isinstance(guide, AutoAmortized) or guide.plan is None:
+        return None
+    amortized = [guide.coder_of(block) for block in guide.plan.blocks if block.amortized]
+    if not amortized:
+        return 2
+    return 0 if all(isinstance(coder, Rows) for coder in amortized) else 1
+
+
+def _below(fits: Mapping[str, Any], ratios: Mapping[str, Tensor], warm: bool, tolerance: float) -> list[str]:
+    """Warns of fits that ended below one that their own family holds, or, if written by hand, may hold."""
+    found = []
+    breadths = {label: _breadth(fits[label]) for label in ratios}
+    for label, breadth in breadths.items():
+        if breadth is None:
+            continue
+        held = [name for name, other in breadths.items() if breadth == 2 or (other is not None and other < breadth)]
+        best = max(held, key=lambda name: float(ratios[name].mean()), default=label)
+        behind = ratios[best] - ratios[label]
+        gap, se = float(behind.mean()), float(standard_error(behind))
+        if gap <= max(2 * se, tolerance):
+            continue
+        why, fix = "though its family holds that one's", f"raise {STEPS}"
+        if breadths[best] is None:
+            why = "which its family holds if that one's sites are independent normals"
+        elif breadths[best] == breadth:
+            why, fix = "of the same family", f"take that one for the family's optimum, or raise {STEPS}"
+        if breadth == 2 and breadths[best] != 2 and not warm:
+            fix = f"add the method 'mean_field_warm', which starts from the best amortized answer, or {fix}"
+        found.append(
+            f"{label} ended {gap:.3g} ± {se:.2g} nats below {best}, {why}: it did not reach its best optimum; {fix}"
+        )
     return found

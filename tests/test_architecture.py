@@ -27,7 +27,7 @@ ORDER = [
     {"evidence"},
     {"estimates"},
     {"advice", "conditioning"},
-    {"gap"},
+    {"gap", "moments"},
     {"compare"},
     {"decorator", "inference_data"},
 ]

@@ -2,8 +2,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_amortize import MLP, AutoAmortizedNormal, Constant, compare_inference, fit_svi, run_mcmc
+from pyro_amortize import MLP, AutoAmortizedNormal, Constant, MCMCFit, compare_inference, fit_svi
+from pyro_amortize.arviz_bridge import ess, r_hat
 
 
 def model(x):
@@ -13,12 +15,19 @@ def model(x):
 
 
 DATA = torch.randn(30, generator=torch.Generator().manual_seed(2))
-SVI = {"num_steps": 1500, "lr": 0.02}
+SVI = {"num_steps": 1000, "lr": 0.02}
 
 
 def by_hand(x):
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+
+def drawn():
+    """Draws from the exact posterior in the place of chains, which take longer."""
+    generator = torch.Generator().manual_seed(3)
+    samples = {"z": DATA / 2 + 0.5**0.5 * torch.randn(4, 500, len(DATA), generator=generator)}
+    return MCMCFit(samples, r_hat(samples), ess(samples), ess(samples, "tail"), divergences=0, seconds=9.0)
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +37,26 @@ def comparison():
         "const": AutoAmortizedNormal(model, encoder=Constant()),
         "exact": by_hand,
         "mean_field": "mean_field",
-        "nuts": run_mcmc(model, DATA, num_samples=300, warmup_steps=100, num_chains=2, seed=0, progress=False),
+        "warm": "mean_field_warm",
+        "nuts": drawn(),
     }
     return compare_inference(model, DATA, methods=methods, svi=SVI, progress=False)
 
 
 class TestComparison:
     def test_methods_stand_in_the_order_asked(self, comparison):
-        assert list(comparison.table.index) == ["wide", "const", "exact", "mean_field", "nuts"]
+        assert list(comparison.table.index) == ["wide", "const", "exact", "mean_field", "warm", "nuts"]
         assert comparison.table.index.name == "method"
 
     def test_gaps_are_to_the_best_elbo(self, comparison):
         table = comparison.table
         assert table["gap"].min() == 0
+        best = table["elbo"].astype(float).idxmax()
+        assert set(table["gap_to"].dropna()) == {best}
+        assert f"gaps are to {best}" in str(comparison)
         exact = float(dist.Normal(0.0, 2**0.5).log_prob(DATA).sum())
         assert table.loc["exact", "elbo"] == pytest.approx(exact, abs=1e-3)
-        for label in ("wide", "mean_field"):
+        for label in ("wide", "mean_field", "warm"):
             assert abs(table.loc[label, "elbo"] - exact) < 0.2
         const = 30 * float(DATA.var(unbiased=False)) / 4
         assert table.loc["const", "gap"] == pytest.approx(const, abs=4 * table.loc["const", "gap_se"] + 0.3)
@@ -60,13 +73,26 @@ class TestComparison:
 
     def test_moments_against_mcmc(self, comparison):
         moments = comparison.moments
-        assert moments.loc[("exact", "z"), "mean_error"] < 0.2
-        assert moments.loc[("const", "z"), "mean_error"] > 0.5
-        assert moments.loc[("wide", "z"), "sd_ratio"] == pytest.approx(1, abs=0.1)
+        for name in ("mean", "q05", "q50", "q95"):
+            for label in ("exact", "wide", "warm"):
+                row = moments.loc[(label, "z")]
+                assert row[f"{name}_error"] < 2 * row[f"{name}_error_se"]
+            row = moments.loc[("const", "z")]
+            assert row[f"{name}_error"] > max(0.5, 5 * row[f"{name}_error_se"])
+        wide = moments.loc[("wide", "z")]
+        assert wide["sd_ratio"] == pytest.approx(1, abs=4 * wide["sd_ratio_se"] + 0.02)
 
     def test_prints_and_plots(self, comparison, tmp_path):
-        assert "against MCMC" in str(comparison)
-        comparison.plot().savefig(tmp_path / "elbo.png")
+        text = str(comparison)
+        assert "against MCMC" in text
+        assert "±" in text
+        figure = comparison.plot()
+        assert [axis.get_xlabel() for axis in figure.axes[:2]] == ["step", "time, s"]
+        assert all("MCMC" in axis.get_xlabel() for axis in figure.axes[2:])
+        assert len(figure.axes) == 4
+        (legend,) = figure.legends
+        assert [entry.get_text() for entry in legend.get_texts()] == ["wide", "const", "mean_field", "warm", "exact"]
+        figure.savefig(tmp_path / "elbo.png")
         assert (tmp_path / "elbo.png").stat().st_size > 1000
 
 
@@ -86,11 +112,97 @@ def test_a_trained_fit_is_taken_as_it_is():
     assert torch.equal(answer, fit.guide.median(DATA)["z"])
 
 
-def test_mean_field_short_of_its_optimum_is_said():
-    trained = fit_svi(model, AutoAmortizedNormal(model), 5 + DATA, num_steps=1500, lr=0.02, seed=0, progress=False)
+@pytest.fixture(scope="module")
+def trained():
+    guide = AutoAmortizedNormal(model)
+    return fit_svi(model, guide, 5 + DATA, num_steps=1000, lr=0.02, seed=0, progress=False)
+
+
+def test_mean_field_short_of_its_optimum_is_said(trained):
     methods = {"trained": trained, "mean_field": "mean_field"}
     comparison = compare_inference(model, 5 + DATA, methods=methods, svi={"num_steps": 20}, progress=False)
-    assert any("mean_field ended" in text and "num_steps" in text for text in comparison.warnings)
+    (text,) = [text for text in comparison.warnings if text.startswith("mean_field ended")]
+    assert "below trained, though its family holds that one's" in text
+    assert "add the method 'mean_field_warm'" in text
+    assert "num_steps" in text
+
+
+def test_a_warm_start_mends_it(trained):
+    methods = {"trained": trained, "mean_field": "mean_field", "mean_field_warm": "mean_field_warm"}
+    comparison = compare_inference(model, 5 + DATA, methods=methods, svi={"num_steps": 20}, progress=False)
+    table = comparison.table
+    assert table.loc["mean_field_warm", "gap"] < 0.5
+    assert table.loc["mean_field", "gap"] > 10
+    (text,) = [text for text in comparison.warnings if text.startswith("mean_field ended")]
+    assert "add the method" not in text
+
+
+def test_a_warm_start_takes_the_best_of_the_amortized_guides(trained):
+    poor = AutoAmortizedNormal(model, encoder=Constant())
+    poor.initialize(5 + DATA)
+    methods = {"poor": poor, "good": trained, "poor again": poor, "warm": "mean_field_warm"}
+    comparison = compare_inference(model, 5 + DATA, methods=methods, svi={"num_steps": 1, "lr": 1e-6}, progress=False)
+    assert comparison.table.loc["warm", "elbo"] == pytest.approx(comparison.table.loc["good", "elbo"], abs=1e-2)
+
+
+def test_a_warm_start_from_a_guide_that_cannot_be_read_is_left_out():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.StudentT(5.0, x / 2, 0.7))
+
+    methods = {"written": guide, "warm": "mean_field_warm"}
+    comparison = compare_inference(model, DATA, methods=methods, progress=False)
+    assert list(comparison.table.index) == ["written"]
+    assert any("warm is left out" in text and "StudentT" in text for text in comparison.warnings)
+
+
+@pytest.mark.parametrize("methods", [("mean_field_warm", "amortized"), ("mean_field", "mean_field_warm")])
+def test_nothing_to_start_from(methods):
+    with pytest.raises(ValueError, match="no method before it is one.*Put it after"):
+        compare_inference(model, DATA, methods=methods, progress=False)
+
+
+def test_chains_that_did_not_converge_are_no_reference():
+    mcmc = {"num_samples": 8, "warmup_steps": 2, "num_chains": 2}
+    comparison = compare_inference(
+        model, DATA, methods=("amortized", "mcmc"), svi={"num_steps": 10}, mcmc=mcmc, progress=False
+    )
+    assert comparison.moments is None
+    assert "against MCMC" not in str(comparison)
+    (text,) = [text for text in comparison.warnings if "did not converge" in text]
+    assert "num_samples" in text
+    assert any("effective sample size of 'z'" in text for text in comparison.warnings)
+    assert len(comparison.plot().axes) == 2
+
+
+def test_a_seed_repeats_everything():
+    def run(seed):
+        return compare_inference(
+            model,
+            DATA[:4],
+            methods={"amortized": "amortized", "warm": "mean_field_warm", "exact": by_hand, "mcmc": "mcmc"},
+            svi={"num_steps": 10},
+            mcmc={"num_samples": 10, "warmup_steps": 5, "num_chains": 2},
+            num_draws=50,
+            seed=seed,
+            progress=False,
+        )
+
+    before = torch.get_rng_state()
+    first, same, other = run(1), run(1), run(2)
+    assert torch.equal(before, torch.get_rng_state())
+    columns = ["elbo", "elbo_se", "gap", "gap_se"]
+    assert first.table[columns].equals(same.table[columns])
+    assert not first.table[columns].equals(other.table[columns])
+    draws, again = (result.fits["mcmc"].samples["z"] for result in (first, same))
+    assert torch.equal(draws, again)
+
+
+def test_pyro_s_own_guides_are_judged_and_not_taken_for_amortized():
+    fit = fit_svi(model, AutoNormal(model), DATA, num_steps=50, seed=0, progress=False)
+    comparison = compare_inference(model, DATA, methods={"auto": fit, "exact": by_hand}, progress=False)
+    assert comparison.table.loc["auto", "seconds_per_new_row"] == fit.seconds / 30
+    assert comparison.plot().legends
 
 
 def test_mcmc_that_cannot_run_is_left_out_with_the_reason():

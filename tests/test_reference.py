@@ -4,11 +4,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from pyro_amortize import (
     AutoAmortizedNormal,
+    MCMCFit,
     amortization_gap,
     compare_inference,
     fit_mean_field,
@@ -16,6 +18,8 @@ from pyro_amortize import (
     fit_svi,
     run_mcmc,
 )
+from pyro_amortize.arviz_bridge import ess, r_hat
+from pyro_amortize.reference import _r_hat_limit
 
 
 class Decoder(PyroModule):
@@ -147,6 +151,76 @@ def test_mean_field_trains_a_copy_of_the_model():
     assert "weight" not in pyro.get_param_store()
 
 
+class TestMeanFieldFromAGuide:
+    @staticmethod
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 5.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        shift = pyro.sample("shift", dist.Uniform(-1.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(theta, 1.0).expand([2]).to_event(1))
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 0.5))
+            pyro.sample("x", dist.Normal(z * rate[..., None] + weights[0] + shift, 1.0).to_event(1), obs=x)
+
+    @pytest.mark.parametrize("make", [AutoAmortizedNormal, AutoNormal], ids=["generated", "AutoNormal"])
+    def test_starts_from_its_answer_globals_included(self, make):
+        x = torch.randn(10, 2)
+        guide = make(self.model)
+        trained = fit_svi(self.model, guide, x, num_steps=30, lr=0.05, seed=0, progress=False)
+        fit = fit_mean_field(self.model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        assert fit.elbo == pytest.approx(trained.elbo, abs=1e-3)
+        answer = fit.guide.posterior(x)
+        for name, median in guide.median(x).items():
+            torch.testing.assert_close(answer.median[name], median)
+
+    def test_starts_from_a_guide_written_by_hand(self):
+        def model(x):
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, rate))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            pyro.sample("rate", dist.LogNormal(0.4, 0.3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+        x = torch.randn(10)
+        fit = fit_mean_field(model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        posterior = fit.guide.posterior(x)
+        torch.testing.assert_close(posterior.mean["z"], x / 2)
+        torch.testing.assert_close(posterior.stddev["z"], torch.full((10,), 0.7))
+        assert float(posterior.median["rate"]) == pytest.approx(math.exp(0.4), abs=1e-5)
+
+    def test_starts_from_subsamples_of_a_plate(self):
+        def model(x):
+            with pyro.plate("data", len(x), subsample_size=4) as i:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+        x = torch.randn(10)
+        guide = AutoAmortizedNormal(model)
+        fit_svi(model, guide, x, num_steps=20, lr=0.05, seed=0, progress=False)
+        fit = fit_mean_field(model, x, start=guide, num_steps=1, lr=1e-9, seed=0, progress=False)
+        table = fit.guide.coder_of(fit.guide.plan.block_of("z")).values[0]
+        assert len(table) == 10
+        assert (table[:, 0].sort().values != 0).all()
+
+    @pytest.mark.parametrize(
+        ("make", "error", "text"),
+        [
+            (AutoAmortizedNormal, RuntimeError, r"no parameters yet.*fit_svi"),
+            (AutoDelta, NotImplementedError, r"'theta'.*Delta.*normals.*AutoNormal"),
+            (lambda model: lambda x: None, ValueError, r"does not sample 'theta'.*start= out"),
+            (lambda model: 3, ValueError, r"start is a int.*start=fit.guide"),
+        ],
+        ids=["untrained", "points", "lacking", "number"],
+    )
+    def test_guides_that_cannot_be_read(self, make, error, text):
+        with pytest.raises(error, match=text):
+            fit_mean_field(self.model, torch.randn(10, 2), start=make(self.model), num_steps=1, progress=False)
+
+
 class TestOptimum:
     @staticmethod
     def model(x):
@@ -218,8 +292,91 @@ class TestMCMC:
             model, torch.tensor([3.0, 4.0]), num_samples=50, warmup_steps=50, num_chains=4, seed=0, progress=False
         )
         assert any("R-hat of 'z'" in text for text in fit.warnings)
-        assert "warning" in str(fit)
+        assert not fit.converged
+        assert "NOT converged" in str(fit)
 
     def test_unknown_engine(self):
         with pytest.raises(ValueError, match="engine='stan'"):
             run_mcmc(function, torch.randn(3, 3), engine="stan")
+
+    def test_a_seed_repeats_and_none_goes_on(self):
+        options = {"num_samples": 4, "warmup_steps": 2, "num_chains": 1, "progress": False}
+        x = torch.randn(4, 3)
+        first, same = (run_mcmc(function, x, seed=3, **options).samples["z"] for _ in range(2))
+        assert torch.equal(first, same)
+        one, other = (run_mcmc(function, x, **options).samples["z"] for _ in range(2))
+        assert not torch.equal(one, other)
+
+    @pytest.mark.parametrize("num_samples", [1, 3])
+    def test_one_short_chain_is_no_reference(self, num_samples):
+        fit = run_mcmc(
+            function,
+            torch.randn(4, 3),
+            num_samples=num_samples,
+            warmup_steps=2,
+            num_chains=1,
+            seed=0,
+            progress=False,
+        )
+        assert not fit.converged
+        assert "raise num_chains" in str(fit)
+
+
+def recorded(samples, divergences=0):
+    return MCMCFit(samples, r_hat(samples), ess(samples), ess(samples, "tail"), divergences, 1.0)
+
+
+class TestConvergence:
+    def test_independent_draws(self):
+        fit = recorded({"theta": torch.randn(4, 600), "z": torch.randn(4, 600, 50)})
+        assert fit.converged
+        assert fit.warnings == ()
+        assert str(fit).splitlines()[0].endswith("converged")
+
+    def test_one_chain_elsewhere(self):
+        draws = torch.randn(4, 600, 50)
+        draws[2, :, 7] += 1.0
+        fit = recorded({"z": draws})
+        assert not fit.converged
+        assert "R-hat of 'z'" in fit.warnings[0]
+
+    def test_too_few_effective_draws(self):
+        fit = recorded({"z": torch.randn(4, 80)})
+        assert not fit.converged
+        assert any("effective sample size of 'z'" in text and "below 400" in text for text in fit.warnings)
+
+    @pytest.mark.parametrize("num_draws", [2, 100])
+    def test_chains_that_do_not_move(self, num_draws):
+        for place in (torch.arange(4.0), torch.zeros(4)):
+            fit = recorded({"z": place[:, None, None].expand(4, num_draws, 3)})
+            assert not fit.converged
+            assert "NOT converged" in str(fit)
+
+    def test_a_value_that_is_none(self):
+        draws = torch.randn(4, 600, 3)
+        draws[0, 5, 1] = torch.nan
+        assert not recorded({"z": draws}).converged
+
+    def test_elements_of_one_value_do_not_count(self):
+        factor = torch.randn(4, 600, 2, 2)
+        factor[..., 0, 1] = 0.0
+        fit = recorded({"factor": factor})
+        assert fit.r_hat["factor"].isnan().sum() == 1
+        assert fit.converged
+
+    def test_divergences_are_warned_of(self):
+        fit = recorded({"z": torch.randn(4, 600)}, divergences=3)
+        assert fit.converged
+        assert any("3 divergent" in text for text in fit.warnings)
+
+    def test_many_elements_pass_as_often_as_one(self):
+        generator = torch.Generator().manual_seed(0)
+        # So few draws that R-hat of one element is above 1.01 now and then.
+        values = r_hat({"z": torch.randn(4, 130, 1500, generator=generator)})["z"]
+        one = float((values > _r_hat_limit(1, 4)).double().mean())
+        assert _r_hat_limit(1, 4) == 1.01
+        assert 0.01 < one < 0.3
+        for num_elements in (5, 50):
+            worst = values.reshape(-1, num_elements).max(1).values
+            share = float((worst > _r_hat_limit(num_elements, 4)).double().mean())
+            assert share < one + 3 * math.sqrt(one / len(worst))
