@@ -16,7 +16,6 @@ from pyro_amortize.fit import Options, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
-from pyro_amortize.planner import plan_amortization
 from pyro_amortize.verdict import MOST_NEIGHBOURS
 
 TRAINING_STEPS = 1000
@@ -41,6 +40,7 @@ def conditioning_gap(
     guide: Model,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    plan: AmortizationPlan,
     plate: str | None,
     options: Options,
     num_draws: int,
@@ -56,6 +56,7 @@ def conditioning_gap(
         guide: The guide.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
+        plan: The plan of the model, with all that informs its latents.
         plate: The plate whose elements are the data; None for totals.
         options: Seed and progress bars.
         num_draws: Draws behind each number.
@@ -65,9 +66,8 @@ def conditioning_gap(
     """
     if not isinstance(guide, AutoAmortized) or guide.plan is None:
         return None
-    whole = plan_amortization(model, *args, **kwargs)
     kinds = {block.name: _kind(guide, block) for block in guide.plan.blocks if block.amortized}
-    found = {name: _lacking(guide.plan, whole, name, kind) for name, kind in kinds.items()}
+    found = {name: _lacking(guide.plan, plan, name, kind) for name, kind in kinds.items()}
     lacking = {name: what for name, what in found.items() if what is not None}
     if not lacking:
         return None
@@ -118,7 +118,7 @@ def _lacking(plan: AmortizationPlan, whole: AmortizationPlan, name: str, kind: A
     """Compares what the encoder of a block sees with all that informs its latents."""
     block = next(block for block in plan.blocks if block.name == name)
     full = whole.block_of(block.sites[0])
-    if full is None or FUNCTION in block.inputs:
+    if full is None or FUNCTION in block.inputs or plan.enumerated or any(b.is_discrete for b in plan.blocks):
         return None
     missing = [name for name in full.inputs if name not in block.inputs]
     if missing:

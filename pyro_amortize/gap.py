@@ -16,7 +16,7 @@ from pyro_amortize import plots
 from pyro_amortize.advice import advise, generalization
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
-from pyro_amortize.conditioning import conditioning_gap
+from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
 from pyro_amortize.evidence import Evidence, correlation_cost, estimate_evidence, improved_evidence
@@ -51,7 +51,7 @@ class GapReport:
             ``estimator`` that is; ``converged``, False where the encoder beats q* by more than two standard errors or
             q* is short of its optimum. Where the globals are several draws, numbers are means over these, and columns
             ``*_spread`` standard deviations. None where rows do not factorize given the globals.
-        totals: The same quantities over these data together, columns ``total`` and ``total_se``.
+        totals: The same quantities over these data together, columns ``total`` and ``total_se``, and ``total_spread``.
         blocks: For each block what its encoder alone costs: ``amortization_gap`` and its standard error, in total.
         advice: What to do about the gaps that matter, with the numbers that say so; empty where all is well.
         warnings: Reasons to doubt the report.
@@ -128,7 +128,7 @@ def amortization_gap(
     num_annealed: int = 30,
     num_steps: int = 300,
     lr: float = 0.1,
-    num_particles: int = 8,
+    num_particles: int | None = None,
     seed: int = 0,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,
@@ -156,7 +156,7 @@ def amortization_gap(
         num_annealed: Of how many data at most the evidence is annealed, those of the highest k-hat.
         num_steps: Steps of the search for q* at most.
         lr: Its learning rate at the start, in standard deviations of q.
-        num_particles: Its draws a step.
+        num_particles: Its draws a step, by default 8 to 64.
         seed: Of everything.
         progress: Whether to show progress bars.
 
@@ -186,17 +186,19 @@ def amortization_gap(
     """
     _check(num_draws, num_annealed, given)
     kwargs = model_kwargs or {}
-    options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
-    measure = _Measure(model, guide, args, kwargs, options, num_draws, num_annealed)
+    options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)
+    sizes = _Sizes(num_draws, num_annealed, num_particles)
+    measure = _Measure(model, guide, args, kwargs, options, sizes)
     values = measure.globals(given)
+    lacking = measure.lacking(values[0])
     if unseen is None:
-        return measure.report(values)
+        return measure.report(values, lacking)
     if isinstance(unseen, Mapping):
         new_args, new_kwargs = args, {**kwargs, **unseen}
     else:
         new_args, new_kwargs = unseen if isinstance(unseen, tuple) else (unseen,), kwargs
-    other = _Measure(model, guide, new_args, new_kwargs, options, num_draws, num_annealed)
-    return measure.report(values, other.report(values))
+    other = _Measure(model, guide, new_args, new_kwargs, options, sizes)
+    return measure.report(values, lacking, other.report(values))
 
 
 def _check(num_draws: int, num_annealed: int, given: Any) -> None:
@@ -206,6 +208,13 @@ def _check(num_draws: int, num_annealed: int, given: Any) -> None:
         raise ValueError(f"amortization_gap: num_annealed={num_annealed}. Expected the number of data, 0 for none.")
     if isinstance(given, int) and given < 1:
         raise ValueError(f"amortization_gap: given={given}. Expected a positive number of draws, or a dict of values.")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    num_draws: int
+    num_annealed: int
+    num_particles: int | None
 
 
 @dataclass(frozen=True)
@@ -240,11 +249,10 @@ class _Measure:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: Options,
-        num_draws: int,
-        num_annealed: int,
+        sizes: _Sizes,
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.options, self.num_draws, self.num_annealed = options, num_draws, num_annealed
+        self.options, self.sizes, self.num_draws = options, sizes, sizes.num_draws
         self.seed = options.seed or 0
         self.plan = plan_beside(model, guide, args, kwargs)
         self.sites = local_sites(self.plan)
@@ -260,7 +268,7 @@ class _Measure:
             encoded = self._log_ratio(model, guide, "encoder")
             try:
                 joint = local_joint(model, guide, self.args, self.kwargs, self.plan, self.plate)
-                optimum = search(joint, self.options)
+                optimum = search(joint, self.options, self.sizes.num_particles)
                 table = as_guide(joint, optimum)
                 best = self._log_ratio(model, table, "q*")
                 fit = record(joint, table, optimum, best.sum(-1), start)
@@ -270,9 +278,9 @@ class _Measure:
             if joint is not None and optimum is not None and self.plate is not None:
                 with torch.no_grad():
                     evidence = improved_evidence(
-                        evidence, joint, optimum, self.num_draws, self.num_annealed, self.options.progress
+                        evidence, joint, optimum, self.num_draws, self.sizes.num_annealed, self.options.progress
                     )
-            parts = gaps(encoded, best, None if optimum is None else optimum.shortfall.double(), evidence)
+            parts = gaps(encoded, best, None if optimum is None else optimum.shortfall.cpu().double(), evidence)
             blocks, lead, correlated = {}, None, None
             if joint is not None and optimum is not None:
                 blocks, lead = _block_by_block(joint, optimum, parts["amortization_gap"]), _lead(joint, optimum)
@@ -296,19 +304,25 @@ class _Measure:
     def globals(self, given: Mapping[str, Tensor] | int | None) -> list[dict[str, Tensor]]:
         """Returns the values of the globals at which all is measured."""
         if isinstance(given, int):
-            return drawn_globals(self.guide, self.args, self.kwargs, self.plan, given, self.seed)
+            draws = drawn_globals(self.guide, self.args, self.kwargs, self.plan, given, self.seed)
+            return draws if draws[0] else draws[:1]
         return [held_globals(self.model, self.guide, self.args, self.kwargs, self.plan, given)]
 
-    def report(self, values: list[dict[str, Tensor]], unseen: GapReport | None = None) -> GapReport:
+    def lacking(self, held: dict[str, Tensor]) -> Conditioning | None:
+        """Measures what the guide's encoders lose since they do not see all."""
+        model = poutine.condition(self.model, data=held)
+        return conditioning_gap(
+            model, self.guide, self.args, self.kwargs, self.plan, self.plate, self.options, self.num_draws
+        )
+
+    def report(
+        self, values: list[dict[str, Tensor]], lacking: Conditioning | None = None, unseen: GapReport | None = None
+    ) -> GapReport:
         """Measures at all values of the globals, and puts together what is found."""
         found = [self.at(held) for held in values]
         names = [name for name in found[0].parts if self.plate is not None or name not in OF_EVIDENCE]
         parts = {name: averaged([each.parts[name] for each in found]) for name in names}
         blocks = {name: averaged([each.blocks[name] for each in found]) for name in found[0].blocks}
-        conditioned = poutine.condition(self.model, data=values[0])
-        lacking = conditioning_gap(
-            conditioned, self.guide, self.args, self.kwargs, self.plate, self.options, self.num_draws
-        )
         if lacking is not None:
             parts["conditioning_gap"] = lacking.part
         per_datum = None if self.plate is None else _per_datum(parts, found)
@@ -326,7 +340,7 @@ class _Measure:
         )
         return GapReport(
             per_datum=per_datum,
-            totals=totals(parts),
+            totals=_with_spread(totals(parts), found),
             blocks=totals(blocks),
             advice=tuple(advice),
             warnings=tuple(warnings),
@@ -352,6 +366,14 @@ class _Measure:
 
 def _stacked(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([held[name] for held in values]) for name in values[0]}
+
+
+def _with_spread(table: pd.DataFrame, found: list[_Found]) -> pd.DataFrame:
+    """Adds the standard deviation of the totals over several values of the globals."""
+    if len(found) > 1:
+        each = pd.DataFrame([{name: part.total[0] for name, part in one.parts.items()} for one in found])
+        table["total_spread"] = each.std()
+    return table
 
 
 def _per_datum(parts: dict[str, Part], found: list[_Found]) -> pd.DataFrame:

@@ -199,7 +199,7 @@ def _of_report(report: GapReport, num_samples: int | None) -> Groups:
         groups = _of_guide(report.optimum.guide, _call_of(report.optimum), num_samples, report.given)
     if report.per_datum is not None:
         plate = _plate_of(len(report.per_datum), groups.get("posterior", {}))
-        numbers = report.per_datum.select_dtypes("number")
+        numbers = report.per_datum.select_dtypes(["number", "bool"])
         groups["gap"] = {name: _Array(torch.tensor(numbers[name].to_numpy()), (plate,)) for name in numbers}
     if not groups:
         raise ValueError(

@@ -17,6 +17,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.densities import Evaluation, Subsample, covering, scale_of
 from pyro_amortize.enumeration import side_by_side
 from pyro_amortize.minibatch import Minibatches, exact_minibatches
+from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 
@@ -91,6 +92,7 @@ class LocalJoint:
             Shape (draws, rows).
         """
         rows = torch.arange(self.num_rows) if rows is None else rows
+        rows = rows.to(values.device)
         log_p = self._in_subsamples(values, rows) if self.subsamples else self._of_rows(values, rows)
         if self._masked is not None:
             free = _normal(self.loc[rows], self.scale[rows]).log_prob(values)
@@ -175,8 +177,8 @@ class LocalJoint:
         return found
 
     def _answer(self, seed: int) -> dict[str, Any]:
-        pyro.set_rng_seed(seed)
-        with torch.no_grad():
+        with preserved(self.guide, evaluating=True), torch.no_grad():
+            pyro.set_rng_seed(seed)
             trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
         return {name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
 
@@ -196,7 +198,12 @@ class LocalJoint:
         size, pieces = self.frame.size, []  # type: ignore[union-attr]
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            others = torch.ones(self.num_rows, dtype=torch.bool).index_fill(0, part, False).nonzero().flatten()
+            others = (
+                torch.ones(self.num_rows, dtype=torch.bool, device=rows.device)
+                .index_fill(0, part, False)
+                .nonzero()
+                .flatten()
+            )
             indices = torch.cat([part, others[: size - len(part)]])
             filled = self.loc[indices].expand(len(values), -1, -1)
             filled = torch.cat([values[:, start : start + size], filled[:, len(part) :]], 1)

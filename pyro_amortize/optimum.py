@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import Subsample, covering, enumerated_sites, log_densities
 from pyro_amortize.encoders import Table
+from pyro_amortize.enumeration import CHUNK
 from pyro_amortize.fit import NUM_DRAWS, Options, SVIFit, guide_parameters, seeded
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.local_joint import LocalJoint
@@ -57,7 +58,7 @@ def fit_optimum(
     given: Mapping[str, Tensor] | None = None,
     num_steps: int = 300,
     lr: float = 0.1,
-    num_particles: int = 8,
+    num_particles: int | None = None,
     seed: int | None = 0,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,
@@ -76,7 +77,8 @@ def fit_optimum(
         given: Values of the global latents; by default their medians under the guide.
         num_steps: Steps of each search at most; half as many follow at the decaying rate.
         lr: Learning rate at the start, in standard deviations of q.
-        num_particles: Draws a step, in pairs of opposite sign; one pair until the last quarter of the search.
+        num_particles: Draws a step, in pairs of opposite sign, in the last quarter of the search; before that one pair.
+            None takes 8 to 64, as many as run side by side in little memory.
         seed: Of this fit.
         progress: Whether to show a progress bar.
         model_kwargs: The model's keyword arguments.
@@ -98,10 +100,10 @@ def fit_optimum(
     held = held_globals(model, guide, args, kwargs, plan, given)
     plate, _ = data_plate(plan, enumerated_sites(model, guide, args, kwargs)[0].values())
     conditioned, fixed = (poutine.condition(program, data=held) for program in (model, guide))
-    options = Options(num_steps=num_steps, lr=lr, num_particles=num_particles, seed=seed, progress=progress)
+    options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)
     with preserved(model, guide, evaluating=True), poutine.block(), seeded(seed):
         joint = local_joint(conditioned, fixed, args, kwargs, plan, plate)
-        optimum = search(joint, options)
+        optimum = search(joint, options, num_particles)
         table = as_guide(joint, optimum)
         ratio = log_densities(conditioned, table, args, kwargs, num_draws=NUM_DRAWS, seed=seed or 0).log_ratio
         return record(joint, table, optimum, ratio, start)
@@ -156,10 +158,12 @@ def local_joint(
         ) from None
 
 
-def search(joint: LocalJoint, options: Options) -> Optimum:
+def search(joint: LocalJoint, options: Options, num_particles: int | None = None) -> Optimum:
     """Searches the best normals of all data, some thousands of them at a time."""
+    num_particles = num_particles or min(64, max(8, CHUNK // joint.evaluation.size))
+    options = replace(options, num_particles=num_particles)
     at_once = max(1, 2**25 // (FIXED_DRAWS * joint.loc.shape[1]))
-    parts = torch.arange(joint.num_rows).split(at_once)
+    parts = torch.arange(joint.num_rows, device=joint.loc.device).split(at_once)
     starts = [(joint.loc, joint.scale), joint.prior_moments()]
     total = len(parts) * (len(starts) * options.num_steps + _half(options.num_steps))
     with tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
@@ -189,7 +193,9 @@ def _search(
     for loc, scale in starts:
         ends.append(_explore(_Walk(joint, rows, loc, scale, options), noise, options.num_steps, bar))
     best = torch.stack([elbo for _, _, elbo in ends]).argmax(0)
-    loc, scale = (torch.stack([end[i] for end in ends])[best, torch.arange(len(best))] for i in (0, 1))
+    loc, scale = (
+        torch.stack([end[i] for end in ends])[best, torch.arange(len(best), device=best.device)] for i in (0, 1)
+    )
     return _settle(_Walk(joint, rows, loc, scale, options), _half(options.num_steps), bar)
 
 
@@ -231,7 +237,7 @@ def _explore(walk: _Walk, noise: Tensor, num_steps: int, bar: Any) -> tuple[Tens
     Returns:
         The best means and standard deviations, shape (rows, dim), and their ELBO by fixed draws, shape (rows,).
     """
-    active, every = torch.arange(len(walk.rows)), max(10, num_steps // LOOKS)
+    active, every = torch.arange(len(walk.rows), device=walk.loc.device), max(10, num_steps // LOOKS)
     loc, scale = walk.loc.clone(), walk.scale.clone()
     with torch.no_grad():
         best = walk.log_ratio(loc, scale, noise, active)
@@ -263,7 +269,7 @@ def _settle(walk: _Walk, num_steps: int, bar: Any) -> Optimum:
     How far the optimum still is, the gradients of the last quarter tell.
     """
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(walk.adam, num_steps)
-    everything, half, quarter = torch.arange(len(walk.rows)), num_steps // 2, num_steps * 3 // 4
+    everything, half, quarter = torch.arange(len(walk.rows), device=walk.loc.device), num_steps // 2, num_steps * 3 // 4
     losses, shift, stretch = [], torch.zeros_like(walk.loc), torch.zeros_like(walk.loc)
     mean = square = torch.zeros(())
     for step in range(num_steps):

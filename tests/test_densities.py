@@ -4,9 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_amortize import AutoAmortizedNormal
-from pyro_amortize.densities import log_densities, log_joint, vectorizing
+from pyro_amortize.densities import Evaluation, log_densities, vectorizing
+from pyro_amortize.parameters import preserved
 
 
 def model(x):
@@ -83,7 +85,8 @@ def test_a_plate_that_subsamples_is_walked_through_without_its_scale():
 def test_log_joint_at_given_latents():
     z = torch.randn(5, 6)
     for chosen in (model, cannot_vectorize):
-        found = log_joint(chosen, guide, (X,), {}, "data", {"z": z})
+        with preserved(chosen, guide), poutine.block():
+            found = Evaluation(chosen, guide, (X,), {}).at({"z": z}, "data")
         torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X))
 
 
