@@ -156,7 +156,7 @@ def amortization_gap(
         num_annealed: Of how many data at most the evidence is annealed, those of the highest k-hat.
         num_steps: Steps of the search for q* at most.
         lr: Its learning rate at the start, in standard deviations of q.
-        num_particles: Its draws a step, by default 8 to 64.
+        num_particles: Its draws a step, by default 6 to 64.
         seed: Of everything.
         progress: Whether to show progress bars.
 

@@ -77,8 +77,8 @@ def fit_optimum(
         given: Values of the global latents; by default their medians under the guide.
         num_steps: Steps of each search at most; half as many follow at the decaying rate.
         lr: Learning rate at the start, in standard deviations of q.
-        num_particles: Draws a step, in pairs of opposite sign, in the last quarter of the search; before that one pair.
-            None takes 8 to 64, as many as run side by side in little memory.
+        num_particles: Draws a step at the decaying rate, in pairs of opposite sign; before that one pair. None takes 6
+            to 64, as many as run side by side in little memory.
         seed: Of this fit.
         progress: Whether to show a progress bar.
         model_kwargs: The model's keyword arguments.
@@ -160,7 +160,7 @@ def local_joint(
 
 def search(joint: LocalJoint, options: Options, num_particles: int | None = None) -> Optimum:
     """Searches the best normals of all data, some thousands of them at a time."""
-    num_particles = num_particles or min(64, max(8, CHUNK // joint.evaluation.size))
+    num_particles = num_particles or min(64, max(6, CHUNK // joint.evaluation.size))
     options = replace(options, num_particles=num_particles)
     at_once = max(1, 2**25 // (FIXED_DRAWS * joint.loc.shape[1]))
     parts = torch.arange(joint.num_rows, device=joint.loc.device).split(at_once)
@@ -264,25 +264,25 @@ def _explore(walk: _Walk, noise: Tensor, num_steps: int, bar: Any) -> tuple[Tens
 
 
 def _settle(walk: _Walk, num_steps: int, bar: Any) -> Optimum:
-    """Walks at a rate that decays to zero; returns the mean of the second half of the way.
+    """Walks at a rate that decays to zero; returns the mean of the last third of the way.
 
-    How far the optimum still is, the gradients of the last quarter tell.
+    How far the optimum still is, the gradients of these steps tell.
     """
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(walk.adam, num_steps)
-    everything, half, quarter = torch.arange(len(walk.rows), device=walk.loc.device), num_steps // 2, num_steps * 3 // 4
+    everything = torch.arange(len(walk.rows), device=walk.loc.device)
+    count = max(1, num_steps // 3)
     losses, shift, stretch = [], torch.zeros_like(walk.loc), torch.zeros_like(walk.loc)
     mean = square = torch.zeros(())
     for step in range(num_steps):
-        losses.append(-walk.step(everything, walk.options.num_particles if step >= half else _few(walk.options)).sum())
+        losses.append(-walk.step(everything, walk.options.num_particles).sum())
         schedule.step()
         bar.update()
-        if step >= half:
-            shift += walk.shift.detach() / (num_steps - half)
-            stretch += walk.stretch.detach() / (num_steps - half)
-        if step >= quarter:
+        if step >= num_steps - count:
+            shift += walk.shift.detach() / count
+            stretch += walk.stretch.detach() / count
             gradient = walk.natural_gradient()
-            mean, square = mean + gradient / (num_steps - quarter), square + gradient.square() / (num_steps - quarter)
-    noise = (square - mean.square()) / max(1, num_steps - quarter - 1)
+            mean, square = mean + gradient / count, square + gradient.square() / count
+    noise = (square - mean.square()) / max(1, count - 1)
     shortfall = (mean.square() - noise).sum(-1).clamp(min=0) / 2
     return Optimum(*walk.at(shift, stretch, everything), shortfall, torch.stack(losses))
 

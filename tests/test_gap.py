@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_amortize import AutoAmortizedNormal, Table, amortization_gap, fit_svi
+from pyro_amortize import MLP, AutoAmortizedNormal, Table, amortization_gap, fit_svi
 from pyro_amortize.estimates import QUANTITIES
 
 
@@ -159,3 +159,265 @@ def test_thin_tails_are_flagged_for_a_guide_that_cannot_be_split():
     assert report.per_datum["amortization_gap"].isna().all()
     assert report.per_datum["inference_gap"].notna().all()
     report.plot()
+
+
+LOADINGS = torch.as_tensor(np.random.default_rng(0).normal(size=(8, 3)))
+PRECISION = LOADINGS.T @ LOADINGS / 0.5 + torch.eye(3, dtype=LOADINGS.dtype)
+
+
+def ppca(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ LOADINGS.T, math.sqrt(0.5)).to_event(1), obs=x)
+
+
+def ppca_case(rows, seed=0):
+    """Data, a guide by hand that is off by known amounts, and all quantities of its report in closed form."""
+    rng = torch.Generator().manual_seed(seed)
+    z, noise, off = (torch.randn(rows, width, generator=rng, dtype=torch.float64) for width in (3, 8, 3))
+    x = z @ LOADINGS.T + math.sqrt(0.5) * noise
+    mean, off = torch.linalg.solve(PRECISION, (x @ LOADINGS / 0.5).T).T, 0.3 * off
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean + off, 0.8 * PRECISION.diagonal() ** -0.5).to_event(1))
+
+    marginal = dist.MultivariateNormal(x.new_zeros(8), LOADINGS @ LOADINGS.T + 0.5 * torch.eye(8, dtype=x.dtype))
+    approximation = (PRECISION.diagonal().log().sum() - torch.logdet(PRECISION)) / 2
+    amortization = ((off @ PRECISION) * off).sum(-1) / 2 + 1.5 * (0.8**2 - 1 - 2 * math.log(0.8))
+    evidence = marginal.log_prob(x)
+    exact = {
+        "elbo": evidence - approximation - amortization,
+        "elbo_optimum": evidence - approximation,
+        "log_evidence": evidence,
+        "amortization_gap": amortization,
+        "approximation_gap": approximation.expand(rows),
+        "inference_gap": approximation + amortization,
+    }
+    return x, guide, exact
+
+
+@pytest.fixture(scope="module")
+def reports():
+    x, guide, exact = ppca_case(60)
+    return exact, [amortization_gap(ppca, guide, x, num_draws=500, seed=seed, progress=False) for seed in range(6)]
+
+
+class TestErrors:
+    """95 % intervals of numbers that are known exactly, over data and seeds."""
+
+    @pytest.mark.parametrize("name", QUANTITIES)
+    def test_intervals_cover(self, reports, name):
+        exact, found = reports
+        errors = np.stack([report.per_datum[name] - exact[name].numpy() for report in found])
+        scaled = errors / np.stack([report.per_datum[f"{name}_se"] for report in found])
+        # The guide's offsets are the same for all seeds, and draws of one seed are common to no two data.
+        assert 0.91 < (np.abs(scaled) < 1.96).mean() < 0.985
+        assert abs(scaled.mean()) < 0.2
+
+    @pytest.mark.parametrize("name", QUANTITIES)
+    def test_totals_cover(self, reports, name):
+        exact, found = reports
+        scaled = [
+            (report.totals.loc[name, "total"] - float(exact[name].sum())) / report.totals.loc[name, "total_se"]
+            for report in found
+        ]
+        assert np.abs(scaled).max() < 3
+        assert np.square(scaled).mean() < 2.5
+
+    def test_nothing_is_hidden(self, reports):
+        for report in reports[1]:
+            assert report.warnings == ()
+            assert report.per_datum["converged"].all()
+
+
+def test_subsampling_changes_nothing():
+    x, _, _ = ppca_case(30)
+
+    def subsampling(x):
+        with pyro.plate("data", len(x), subsample_size=8) as i:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ LOADINGS.T, math.sqrt(0.5)).to_event(1), obs=x[i])
+
+    whole = AutoAmortizedNormal(ppca, encoder=MLP(()))
+    fit_svi(ppca, whole, x, num_steps=100, seed=0, progress=False)
+    part = AutoAmortizedNormal(subsampling, encoder=MLP(()))
+    part.initialize(x)
+    part.load_state_dict(whole.state_dict())
+    a, b = (
+        amortization_gap(m, g, x, num_draws=500, progress=False).per_datum
+        for m, g in ((ppca, whole), (subsampling, part))
+    )
+    for name in QUANTITIES:
+        error = (a[name] - b[name]) / np.hypot(a[f"{name}_se"], b[f"{name}_se"])
+        assert error.abs().max() < 4.5
+
+
+def test_globals_at_several_draws_have_a_spread():
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, DATA, num_steps=800, seed=0, progress=False)
+    report = amortization_gap(model, guide, DATA, given=5, num_draws=300, progress=False)
+    assert report.given["theta"].shape == (5,)
+    assert report.given["theta"].unique().numel() == 5
+    spread = report.per_datum["log_evidence_spread"].to_numpy()
+    theta = report.given["theta"].double()[:, None]
+    exact = dist.Normal(theta, math.sqrt(2)).log_prob(DATA.double())
+    np.testing.assert_allclose(spread, exact.std(0), rtol=0.05, atol=5e-3)
+    error = report.per_datum["log_evidence"] - exact.mean(0).numpy()
+    assert (error.abs() < 5 * report.per_datum["log_evidence_se"] + 2e-3).all()
+    assert report.totals.loc["log_evidence", "total_spread"] == pytest.approx(float(exact.sum(-1).std()), rel=0.05)
+    assert "total_spread" in str(report)
+
+
+def test_unseen_rows_give_the_generalization_gap():
+    """A guide that is right on the rows it saw, and off by a known amount on others."""
+    seen, unseen = DATA[:20], DATA[20:] + 1
+
+    def guide(x):
+        wrong = 0.0 if torch.equal(x, seen) else 0.5
+        pyro.sample("theta", dist.Normal(0.5, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 0.5) / 2 + wrong, math.sqrt(0.5)))
+
+    given = {"theta": torch.tensor(0.5)}
+    report = amortization_gap(model, guide, seen, given=given, unseen=unseen, progress=False)
+    assert len(report.unseen.per_datum) == 20
+    row = report.generalization.loc["amortization_gap"]
+    assert row["seen"] == pytest.approx(0.0, abs=2e-3)
+    assert row["unseen"] == pytest.approx(0.25, abs=0.02)
+    assert row["difference"] == pytest.approx(0.25, abs=4 * row["difference_se"] + 5e-3)
+    assert any("on unseen data" in text and "more data" in text for text in report.advice)
+    assert "seen and unseen data" in str(report)
+    report.plot()
+    options = {"given": given, "model_kwargs": {"x": seen}, "unseen": {"x": unseen}}
+    same = amortization_gap(model, guide, **options, progress=False)
+    assert same.generalization.loc["amortization_gap", "unseen"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_neighbours_that_an_encoder_does_not_see_are_the_conditioning_gap():
+    def saw(x, before):
+        with pyro.plate("steps", len(x)):
+            z = pyro.sample("z", dist.Normal(before, 1.0))
+            pyro.sample("x", dist.Normal(0.75 * (3.0 + z), 1.0), obs=x)
+
+    torch.manual_seed(2012)
+    x = torch.zeros(101)
+    for n in range(1, 101):
+        x[n] = torch.randn(()) + 0.75 * (3.0 + x[n - 1] + torch.randn(()))
+    narrow = AutoAmortizedNormal(saw, encoder=MLP(()), inputs="x")
+    fit_svi(saw, narrow, x[1:], x[:-1], num_steps=800, seed=0, progress=False)
+    report = amortization_gap(saw, narrow, x[1:], x[:-1], progress=False)
+    # q* has mean (before + 0.75 (x - 2.25)) / 1.5625 and the encoder the best line in x: the gap is what that leaves.
+    best = (x[:-1] + 0.75 * (x[1:] - 2.25)) / 1.5625
+    line = torch.stack([x[1:], torch.ones(100)], -1)
+    residual = best - line @ torch.linalg.lstsq(line, best[:, None]).solution[:, 0]
+    exact = float(residual.square().sum() * 1.5625 / 2)
+    total, se = report.totals.loc["conditioning_gap"]
+    assert total == pytest.approx(exact, abs=4 * se + 0.05 * exact + 0.5)
+    assert report.totals.loc["amortization_gap", "total"] == pytest.approx(exact, abs=4 * se + 0.05 * exact + 0.5)
+    assert report.per_datum["conditioning_gap_se"].notna().all()
+    assert any("does not see 'before'" in text and "trained alike" in text for text in report.advice)
+    wide = AutoAmortizedNormal(saw, encoder=MLP(()))
+    fit_svi(saw, wide, x[1:], x[:-1], num_steps=2000, seed=0, progress=False)
+    whole = amortization_gap(saw, wide, x[1:], x[:-1], progress=False)
+    assert "conditioning_gap" not in whole.totals.index
+    assert whole.advice == ()
+
+
+def test_each_encoder_s_share():
+    def two(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+            with pyro.plate("repeats", 2):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(b, 1.0), obs=torch.stack([x, x]))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x / 2, math.sqrt(0.5)))
+            with pyro.plate("repeats", 2):
+                pyro.sample("b", dist.Normal(x / 2 + 0.4, math.sqrt(0.5)))
+
+    report = amortization_gap(two, guide, DATA, num_draws=300, progress=False)
+    shares = report.blocks["total"] / len(DATA)
+    assert shares.filter(like="repeats").item() == pytest.approx(2 * 0.4**2, abs=0.03)
+    assert shares.drop(shares.filter(like="repeats").index).item() == pytest.approx(0.0, abs=5e-3)
+    assert "encoder by encoder" in str(report)
+
+
+def test_annealing_where_draws_from_q_do_not_suffice():
+    """A posterior whose 30 latents are strongly correlated, so that independent normals are poor proposals."""
+    ones = torch.ones(30, dtype=torch.float64)
+
+    def summed(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(30), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+    x = torch.linspace(-8.0, 8.0, 6, dtype=torch.float64)
+    guide = AutoAmortizedNormal(summed, encoder=MLP(()))
+    fit_svi(summed, guide, x, num_steps=500, seed=0, progress=False)
+    exact = dist.Normal(0.0, math.sqrt(30.25)).log_prob(x).numpy()
+    report = amortization_gap(summed, guide, x, progress=False)
+    assert set(report.per_datum["estimator"]) == {"AIS"}
+    error = (report.per_datum["log_evidence"] - exact) / report.per_datum["log_evidence_se"]
+    assert error.abs().max() < 4
+    assert report.per_datum["log_evidence_se"].max() < 0.3
+    none = amortization_gap(summed, guide, x, num_annealed=0, progress=False)
+    assert set(none.per_datum["estimator"]) == {"PSIS"}
+    assert any("k-hat is too high on 6 of 6 data" in text and "num_annealed=6" in text for text in none.warnings)
+    precision = torch.eye(30, dtype=torch.float64) + 4 * torch.outer(ones, ones)
+    gap = float((precision.diagonal().log().sum() - torch.logdet(precision)) / 2)
+    error = (report.per_datum["approximation_gap"] - gap) / report.per_datum["approximation_gap_se"]
+    assert error.abs().max() < 4
+    assert any("correlations" not in text and "independent normals lose" in text for text in report.advice)
+
+
+def test_a_guide_whose_sites_depend_on_each_other_is_not_split():
+    def chained(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x / 3, math.sqrt(2 / 3)))
+            pyro.sample("b", dist.Normal((a + x) / 2, math.sqrt(0.5)))
+
+    report = amortization_gap(chained, guide, DATA, progress=False)
+    assert "'b' of the guide depends on its draw of another latent" in report.warnings[0]
+    assert report.per_datum["inference_gap"].abs().max() < 1e-4
+    assert report.advice == ()
+
+
+@pytest.mark.parametrize("option", [{"num_draws": 1}, {"num_annealed": -1}, {"given": 0}])
+def test_options_out_of_range(option):
+    with pytest.raises(ValueError, match=f"amortization_gap: {next(iter(option))}="):
+        amortization_gap(model, too_narrow, DATA, progress=False, **option)
+
+
+def test_a_vae_by_hand_and_a_generated_one_have_the_same_gaps():
+    """The same network in both: reports agree number by number, within their errors."""
+    torch.manual_seed(0)
+    decoder = torch.nn.Linear(2, 6).requires_grad_(False)
+
+    def vae(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=3 * decoder(z)).to_event(1), obs=x)
+
+    x = dist.Bernoulli(logits=3 * decoder(torch.randn(50, 2))).sample()
+    generated = AutoAmortizedNormal(vae, encoder=MLP((16,)), prepare=None)
+    fit_svi(vae, generated, x, num_steps=300, seed=0, progress=False)
+    answer = generated.posterior(x)
+
+    def by_hand(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(answer.mean["z"], answer.stddev["z"]).to_event(1))
+
+    a, b = (amortization_gap(vae, guide, x, progress=False).per_datum for guide in (generated, by_hand))
+    for name in QUANTITIES:
+        error = (a[name] - b[name]) / np.hypot(a[f"{name}_se"], b[f"{name}_se"])
+        assert error.abs().max() < 4
