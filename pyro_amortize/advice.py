@@ -21,16 +21,18 @@ def advise(
     lacking: Mapping[str, str],
     correlated: float | None,
     generalization: pd.DataFrame | None,
+    unit: str = "nats a datum",
 ) -> list[str]:
     """Says what to do about each gap that matters, the largest first; nothing where all is well.
 
     Args:
-        per_row: A row a quantity, with columns ``total`` and ``total_se`` in nats a datum.
+        per_row: A row a quantity, with columns ``total`` and ``total_se``.
         blocks: The same of the amortization gap of each block.
         verdict: Whether the encoders that there are can close the gap.
         lacking: What the encoder of a block does not see.
         correlated: Nats a datum of the approximation gap that are due to correlations within a datum.
         generalization: As of :class:`~pyro_amortize.gap.GapReport`.
+        unit: What the numbers are in.
     """
     found: list[tuple[float, str]] = []
     whole = per_row.loc["inference_gap", "total"] if "inference_gap" in per_row.index else None
@@ -38,7 +40,7 @@ def advise(
     def add(gap: float, se: float, what: str, remedy: str) -> None:
         if gap > max(NEGLIGIBLE, ERRORS * se):
             share = f", {gap / whole:.0%} of the inference gap" if whole is not None and whole > 0 else ""
-            found.append((gap, f"{what} {gap:.3g} ± {se:.2g} nats a datum{share}: {remedy}"))
+            found.append((gap, f"{what} {gap:.3g} ± {se:.2g} {unit}{share}: {remedy}"))
 
     if "amortization_gap" in per_row.index:
         for name, (gap, se) in blocks.iterrows():
@@ -64,14 +66,15 @@ def _for_encoder(name: str, verdict: Verdict, lacking: Mapping[str, str], per_ro
 
 
 def _for_family(gap: float, correlated: float | None) -> str:
-    if correlated is not None and correlated > gap / 2:
+    """Says what narrows an approximation gap, as far as it is known what makes it."""
+    if correlated is None:
+        return "correlations between the latents of a datum, skew or tails. A richer family would gain it"
+    if correlated > gap / 2:
         return (
             f"correlations between the latents of a datum make {correlated:.3g} of that. Normals with a covariance "
             f"would gain it; so does a model whose latents are less dependent given the data (a reparametrization)"
         )
-    return (
-        "the posterior is skewed, curved or heavy-tailed. A flow, or other coordinates (poutine.reparam), would gain it"
-    )
+    return "skew, curvature or tails. A flow, or other coordinates (poutine.reparam), would gain it"
 
 
 def generalization(seen: pd.DataFrame | None, unseen: pd.DataFrame | None) -> pd.DataFrame | None:

@@ -337,6 +337,7 @@ class _Measure:
             {} if lacking is None else lacking.lacking,
             found[0].correlated,
             between,
+            "nats a datum" if per_datum is not None else "nats in all",
         )
         return GapReport(
             per_datum=per_datum,

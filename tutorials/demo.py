@@ -133,7 +133,7 @@ def main():
     print(comparison)
 
     heading(f"4. What amortizing cost on {len(unseen)} digits that no fit has seen")
-    report = amortization_gap(model, guide, unseen, num_draws=2000, num_steps=300, num_particles=4)
+    report = amortization_gap(model, guide, unseen)
     print(report)
     print(
         "\namortization gap: what the encoder loses against the best normal for each digit, found by optimizing it.\n"
