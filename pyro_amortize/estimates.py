@@ -23,34 +23,38 @@ class Part:
         value: Shape (rows,).
         influences: For each independent stream of draws, what every draw adds to the error, shape (draws, rows).
         shortfall: How far the search for q* may have stopped short, shape (rows,).
+        apart: Standard error of each row alone beside these, shape (rows,).
     """
 
     value: Tensor
     influences: dict[str, Tensor]
     shortfall: Tensor
+    apart: Tensor
 
     @classmethod
     def mean_of(cls, draws: Tensor, shortfall: Tensor | None = None) -> Part:
         """Returns the mean of draws, shape (draws, rows), that are common to all quantities."""
         value = draws.mean(0)
-        return cls(value, {"common": draws - value}, torch.zeros_like(value) if shortfall is None else shortfall)
+        zero = torch.zeros_like(value)
+        return cls(value, {"common": draws - value}, zero if shortfall is None else shortfall, zero)
 
     def __sub__(self, other: Part) -> Part:
         influences = dict(self.influences)
         for stream, influence in other.influences.items():
             influences[stream] = influences[stream] - influence if stream in influences else -influence
-        return Part(self.value - other.value, influences, torch.maximum(self.shortfall, other.shortfall))
+        shortfall = torch.maximum(self.shortfall, other.shortfall)
+        return Part(self.value - other.value, influences, shortfall, torch.hypot(self.apart, other.apart))
 
     @property
     def se(self) -> Tensor:
         """Standard errors, shape (rows,)."""
-        return _in_quadrature([*map(standard_error, self.influences.values()), self.shortfall])
+        return _in_quadrature([*map(standard_error, self.influences.values()), self.shortfall, self.apart])
 
     @property
     def total(self) -> tuple[float, float]:
         """The sum over rows, and its standard error."""
         errors = [standard_error(influence.sum(-1)) for influence in self.influences.values()]
-        return float(self.value.sum()), float(_in_quadrature([*errors, self.shortfall.sum()]))
+        return float(self.value.sum()), float(_in_quadrature([*errors, self.shortfall.sum(), self.apart.norm()]))
 
 
 def _in_quadrature(errors: Sequence[Tensor]) -> Tensor:
@@ -67,7 +71,7 @@ def gaps(encoded: Tensor, best: Tensor | None, shortfall: Tensor | None, evidenc
         evidence: Of each datum.
     """
     parts = {"elbo": Part.mean_of(encoded)}
-    parts["log_evidence"] = Part(evidence.value, evidence.influences, torch.zeros_like(evidence.value))
+    parts["log_evidence"] = Part(evidence.value, evidence.influences, torch.zeros_like(evidence.value), evidence.apart)
     if best is not None:
         parts["elbo_optimum"] = Part.mean_of(best, shortfall)
         parts["amortization_gap"] = parts["elbo_optimum"] - parts["elbo"]
@@ -80,13 +84,15 @@ def averaged(each: Sequence[Part]) -> Part:
     """Returns the mean of a quantity over several values of the globals, which used the same numbers of draws."""
     if len(each) == 1:
         return each[0]
-    value, shortfall = (torch.stack([getattr(part, what) for part in each]).mean(0) for what in ("value", "shortfall"))
+    value, shortfall, apart = (
+        torch.stack([getattr(part, what) for part in each]).mean(0) for what in ("value", "shortfall", "apart")
+    )
     streams = dict.fromkeys(stream for part in each for stream in part.influences)
     influences = {}
     for stream in streams:
         found = [part.influences[stream] for part in each if stream in part.influences]
         influences[stream] = torch.stack(found).sum(0) / len(each)
-    return Part(value, influences, shortfall)
+    return Part(value, influences, shortfall, apart)
 
 
 def frame(parts: dict[str, Part]) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
-from pyro_amortize.evidence import Evidence, correlation_cost, estimate_evidence, improved_evidence
+from pyro_amortize.evidence import CORRECTED, Evidence, correlation_cost, estimate_evidence, improved_evidence
 from pyro_amortize.fit import Options, SVIFit, seeded
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import TOLERANCE, Optimum, as_guide, data_plate, local_joint, record, search
@@ -153,7 +153,8 @@ def amortization_gap(
 
     Other Arguments:
         num_draws: Draws behind each number.
-        num_annealed: Of how many data at most the evidence is annealed, those of the highest k-hat.
+        num_annealed: Of how many data at most the evidence is annealed: a random sample, if k-hat is too high on more;
+            the others are then corrected by the mean of what annealing adds.
         num_steps: Steps of the search for q* at most.
         lr: Its learning rate at the start, in standard deviations of q.
         num_particles: Its draws a step, by default 6 to 64.
@@ -415,6 +416,14 @@ def _doubts(parts: dict[str, Part], found: list[_Found], options: Options) -> li
         doubts.append(
             f"k-hat is too high on {int(doubtful.sum())} of {len(doubtful)} data: their evidence, approximation and "
             f"inference gaps are in doubt, likely too small; raise num_annealed={len(doubtful)} or num_draws"
+        )
+    evidence = found[0].evidence
+    if evidence.correction is not None:
+        mean, se = evidence.correction
+        doubts.append(
+            f"the evidence of {evidence.by.count(CORRECTED)} data is by importance sampling, raised by {mean:.3g} ± "
+            f"{se:.2g} nats, which is what annealing a sample of {evidence.by.count('AIS')} added; for the data one by "
+            f"one raise num_annealed={len(evidence.by)}"
         )
     return doubts
 
