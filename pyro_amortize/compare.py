@@ -21,10 +21,11 @@ from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
 from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
 from pyro_amortize.planner import plan_amortization, plan_beside
-from pyro_amortize.reference import MCMCFit, mean_field_guide, run_mcmc
+from pyro_amortize.reference import mean_field_guide
 
 METHODS = ("amortized", "mean_field", "mcmc")
 STEPS = "svi={'num_steps': ..., 'num_particles': ...}"
@@ -114,7 +115,7 @@ def compare_inference(
     Mean-field inference from scratch may end in a local optimum below the amortized one, and "mean_field_warm" finds a
     better one then. Gaps are to the best ELBO found, whichever method's it is, and a fit that ends below one whose
     family its own holds is warned of. There are moments against MCMC only if it converged
-    (:attr:`~pyro_amortize.reference.MCMCFit.converged`).
+    (:attr:`~pyro_amortize.mcmc.MCMCFit.converged`).
 
     All variational fits have the same optimizer and schedule. The model's own parameters are those that the first
     fit learns on a copy (if a fit or a trained guide comes first, as they are); the others hold them. In the end they
@@ -127,7 +128,7 @@ def compare_inference(
             guide among the methods before it) and "mcmc"; or a dict from labels to these, to guides (a generated one
             without parameters yet is trained, others are judged as they are) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
-        mcmc: Options of :func:`~pyro_amortize.reference.run_mcmc`.
+        mcmc: Options of :func:`~pyro_amortize.mcmc.run_mcmc`.
         model_kwargs: The model's keyword arguments.
 
     Other Arguments:
