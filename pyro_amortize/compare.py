@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
 from pyro_amortize import plots
@@ -29,6 +29,7 @@ from pyro_amortize.reference import mean_field_guide
 
 METHODS = ("amortized", "mean_field", "mcmc")
 STEPS = "svi={'num_steps': ..., 'num_particles': ...}"
+PYROS_OWN = (AutoGuide, AutoMessenger)
 KNOWN = ("amortized", "mean_field", "mean_field_warm", "mcmc")
 COLUMNS = (
     "elbo",
@@ -126,7 +127,8 @@ def compare_inference(
         args: Its positional arguments.
         methods: Among "amortized", "mean_field", "mean_field_warm" (started from the answer of the best amortized
             guide among the methods before it) and "mcmc"; or a dict from labels to these, to guides (a generated one
-            without parameters yet is trained, others are judged as they are) or to fits.
+            without parameters yet is trained, others are judged as they are: train Pyro's own before, by
+            :func:`~pyro_amortize.fit.fit_svi`) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
         mcmc: Options of :func:`~pyro_amortize.mcmc.run_mcmc`.
         model_kwargs: The model's keyword arguments.
@@ -242,6 +244,11 @@ class _Fitting:
                 self.model, guide, self.args, self.kwargs, self.options, label, held=self.held, train_model=first
             )
         self.fits[label] = fit
+        if isinstance(fit, PYROS_OWN) and not any(True for _ in fit.parameters()):
+            self.warnings.append(
+                f"{label} was never called, so it is judged by the parameters that it starts from: train it before, "
+                f"methods={{'{label}': fit_svi(model, guide, ...)}}"
+            )
         if not isinstance(fit, MCMCFit):
             densities = log_densities(
                 self.model,
@@ -306,7 +313,8 @@ def _table(
             behind = ratios[best] - ratios[label]  # type: ignore[index]
             row["gap"], row["gap_se"] = float(behind.mean()), float(standard_error(behind))
             row["gap_to"] = best
-            parameters = guide_parameters(_guide_of(fit), args, kwargs)
+            with preserved(_guide_of(fit)):
+                parameters = guide_parameters(_guide_of(fit), args, kwargs)
             row["num_parameters"] = sum(parameter.numel() for parameter in parameters.values())
         row["seconds"] = getattr(fit, "seconds", math.nan)
         answers = _answers_new_rows(fit)
@@ -322,7 +330,7 @@ def _answers_new_rows(fit: Any) -> bool:
     guide = _guide_of(fit)
     if isinstance(guide, AutoAmortized):
         return guide.plan is not None and any(block.amortized for block in guide.plan.blocks)
-    return not isinstance(fit, MCMCFit) and not isinstance(guide, AutoGuide)
+    return not isinstance(fit, MCMCFit) and not isinstance(guide, PYROS_OWN)
 
 
 def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -84,7 +84,7 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
 
     hook = register_module_forward_pre_hook(watch)
     try:
-        for model in models:
+        for model in map(pyro.poutine.unwrap, models):
             for module in model.modules() if isinstance(model, nn.Module) else ():
                 record.keep_module(module)
         yield record

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -232,8 +233,11 @@ def drawn_globals(
 
 def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int = 501) -> dict[str, Tensor]:
     with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        if hasattr(guide, "median"):
-            return dict(guide.median(*args, **kwargs))
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+            guide(*args, **kwargs)  # knows its latents by its first call only
+        with suppress(NotImplementedError):  # those of Pyro's guides that have no median inherit one that says so
+            if hasattr(guide, "median"):
+                return dict(guide.median(*args, **kwargs))
         pyro.set_rng_seed(0)
         draws = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
     names = [name for name, _ in draws[0].iter_stochastic_nodes()]

@@ -5,7 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import autoguided
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 
 from pyro_amortize import AutoAmortizedNormal, Table, amortization_gap, fit_svi
 from pyro_amortize.estimates import QUANTITIES
@@ -159,3 +161,28 @@ def test_thin_tails_are_flagged_for_a_guide_that_cannot_be_split():
     assert report.per_datum["amortization_gap"].isna().all()
     assert report.per_datum["inference_gap"].notna().all()
     report.plot()
+
+
+class TestPyrosOwnGuides:
+    X = torch.randn(8, generator=torch.Generator().manual_seed(4))
+
+    @pytest.mark.parametrize("trained", [True, False])
+    @pytest.mark.parametrize("make", [AutoNormal, AutoNormalMessenger])
+    def test_are_judged(self, make, trained):
+        guide = make(autoguided)
+        if trained:
+            fit_svi(autoguided, guide, self.X, num_steps=300, lr=0.05, seed=0, progress=False)
+        report = amortization_gap(autoguided, guide, self.X, num_draws=200, num_steps=100, progress=False)
+        table = report.per_datum
+        assert set(report.given) == {"theta", "tau"}
+        assert (table["inference_gap"] > -3 * table["inference_gap_se"] - 0.1).all()
+        if trained:
+            assert (table["inference_gap"] < 1).all()
+        assert ("amortization_gap" in report.totals.index) == (make is AutoNormalMessenger)
+        assert bool(list(guide.parameters())) == trained
+
+    @pytest.mark.parametrize("given", [None, 2])
+    @pytest.mark.parametrize("make", [AutoMultivariateNormal, AutoIAFNormal, AutoDelta])
+    def test_have_no_numbers_per_datum_where_they_draw_all_together_or_points(self, make, given):
+        with pytest.raises(NotImplementedError, match=r"site '(rate|z)'.*AutoNormal\(model\)"):
+            amortization_gap(autoguided, make(autoguided), self.X, given=given, progress=False)
