@@ -7,11 +7,12 @@ from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, AutoAmortizedNormal
 from pyro_amortize.inference_data import to_arviz
+from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.optimum import fit_optimum
 from pyro_amortize.plan import AmortizationPlan, Block, Verdict
 from pyro_amortize.planner import plan_amortization
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.reference import MCMCFit, fit_mean_field, run_mcmc
+from pyro_amortize.reference import fit_mean_field
 
 __version__ = "0.1.0"
 

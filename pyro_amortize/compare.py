@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
 from pyro_amortize import plots
@@ -21,13 +21,15 @@ from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
 from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
 from pyro_amortize.planner import plan_amortization, plan_beside
-from pyro_amortize.reference import MCMCFit, mean_field_guide, run_mcmc
+from pyro_amortize.reference import mean_field_guide
 
 METHODS = ("amortized", "mean_field", "mcmc")
 STEPS = "svi={'num_steps': ..., 'num_particles': ...}"
+PYROS_OWN = (AutoGuide, AutoMessenger)
 KNOWN = ("amortized", "mean_field", "mean_field_warm", "mcmc")
 COLUMNS = (
     "elbo",
@@ -114,7 +116,7 @@ def compare_inference(
     Mean-field inference from scratch may end in a local optimum below the amortized one, and "mean_field_warm" finds a
     better one then. Gaps are to the best ELBO found, whichever method's it is, and a fit that ends below one whose
     family its own holds is warned of. There are moments against MCMC only if it converged
-    (:attr:`~pyro_amortize.reference.MCMCFit.converged`).
+    (:attr:`~pyro_amortize.mcmc.MCMCFit.converged`).
 
     All variational fits have the same optimizer and schedule. The model's own parameters are those that the first
     fit learns on a copy (if a fit or a trained guide comes first, as they are); the others hold them. In the end they
@@ -125,9 +127,10 @@ def compare_inference(
         args: Its positional arguments.
         methods: Among "amortized", "mean_field", "mean_field_warm" (started from the answer of the best amortized
             guide among the methods before it) and "mcmc"; or a dict from labels to these, to guides (a generated one
-            without parameters yet is trained, others are judged as they are) or to fits.
+            without parameters yet is trained, others are judged as they are: train Pyro's own before, by
+            :func:`~pyro_amortize.fit.fit_svi`) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
-        mcmc: Options of :func:`~pyro_amortize.reference.run_mcmc`.
+        mcmc: Options of :func:`~pyro_amortize.mcmc.run_mcmc`.
         model_kwargs: The model's keyword arguments.
 
     Other Arguments:
@@ -241,6 +244,11 @@ class _Fitting:
                 self.model, guide, self.args, self.kwargs, self.options, label, held=self.held, train_model=first
             )
         self.fits[label] = fit
+        if isinstance(fit, PYROS_OWN) and not any(True for _ in fit.parameters()):
+            self.warnings.append(
+                f"{label} was never called, so it is judged by the parameters that it starts from: train it before, "
+                f"methods={{'{label}': fit_svi(model, guide, ...)}}"
+            )
         if not isinstance(fit, MCMCFit):
             densities = log_densities(
                 self.model,
@@ -305,7 +313,8 @@ def _table(
             behind = ratios[best] - ratios[label]  # type: ignore[index]
             row["gap"], row["gap_se"] = float(behind.mean()), float(standard_error(behind))
             row["gap_to"] = best
-            parameters = guide_parameters(_guide_of(fit), args, kwargs)
+            with preserved(_guide_of(fit)):
+                parameters = guide_parameters(_guide_of(fit), args, kwargs)
             row["num_parameters"] = sum(parameter.numel() for parameter in parameters.values())
         row["seconds"] = getattr(fit, "seconds", math.nan)
         answers = _answers_new_rows(fit)
@@ -321,7 +330,7 @@ def _answers_new_rows(fit: Any) -> bool:
     guide = _guide_of(fit)
     if isinstance(guide, AutoAmortized):
         return guide.plan is not None and any(block.amortized for block in guide.plan.blocks)
-    return not isinstance(fit, MCMCFit) and not isinstance(guide, AutoGuide)
+    return not isinstance(fit, MCMCFit) and not isinstance(guide, PYROS_OWN)
 
 
 def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

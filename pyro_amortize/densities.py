@@ -21,7 +21,10 @@ from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import is_enumerated
+from pyro_amortize.supports import is_delta, is_enumerated
+
+OF_PYRO = "_unconstrained"
+"""How Pyro's ``AutoNormal`` names the auxiliary site of a latent."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def log_densities(
 
     Modules run in eval mode. Draws are made in one run of the model where that gives what a run each gives, which is
     tried first. Per datum, only the plate's own sites are counted, and the plate's subsampling scale is left out; a
-    plate that subsamples itself is walked through, all its elements once.
+    plate that subsamples itself is walked through, all its elements once. Of the guide's sites those are counted that
+    it draws, Pyro's auxiliary ones among them; not values that model and guide are both given.
 
     Args:
         model: The model, its global latents conditioned where densities are wanted per datum.
@@ -89,10 +93,15 @@ def log_densities(
         num_draws: Number of draws.
         seed: Of the draws; two guides of the same sites get common random numbers.
         title: What a progress bar says; None for none.
+
+    Raises:
+        ValueError: The model has no such plate, or the guide lacks a latent or the plate around one.
+        NotImplementedError: The guide draws several latents together, and only some of them are asked for.
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(seed)
         evaluation = Evaluation(model, guide, args, kwargs)
+        evaluation.refuse_other_densities(plate)
         if plate is None:
             return evaluation.draws(None, num_draws, seed, title)
         parts, order = [], []
@@ -157,6 +166,9 @@ class Evaluation:
             if site["type"] == "sample" and not site_is_subsample(site)
         }
         self.guided = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        self.held = {name for name in self.guided if _is_held(trace, name) and _is_held(replayed, name)}
+        self.auxiliary = {name: self._latent_of(name) for name in self.guided if _is_auxiliary(self.guided[name])}
+        self.held |= {name for name, latent in self.auxiliary.items() if latent in self.held}
         latents = [site for _, site in replayed.iter_stochastic_nodes() if not site_is_subsample(site)]
         self.latents = [site for site in latents if site["name"] in self.guided]
         self.enumerated = {
@@ -179,6 +191,11 @@ class Evaluation:
             self.size = max(self.size, num_values(prune_subsample_sites(replayed)))
         self.vectorized: bool | None = None
 
+    def _latent_of(self, auxiliary: str) -> str | None:
+        """Returns the latent that an auxiliary site is of, as Pyro's ``AutoNormal`` names them; None for several."""
+        latent = auxiliary.removesuffix(OF_PYRO)
+        return latent if latent != auxiliary and latent in self.guided else None
+
     def refuse_other_plates(self, plate: str) -> None:
         """Refuses a guide that names the plate around a latent otherwise than the model does."""
         for site in self.latents:
@@ -188,6 +205,27 @@ class Evaluation:
                     f"log_densities: site '{site['name']}' stands in plate '{plate}' of the model, but in the plates "
                     f"{ours} of the guide, so its density cannot be told by datum. Write "
                     f"'with pyro.plate({plate!r}, ...):' around it in the guide."
+                )
+
+    def refuse_other_densities(self, plate: str | None) -> None:
+        """Refuses guides that have no density of the latents asked for: of one draw of several, or point masses."""
+        points = {name for name, site in self.guided.items() if is_delta(site["fn"])}
+        partly = points & self.held if plate is None else {n for n in points if _counts(self.guided[n], plate)}
+        joint = [name for name, latent in self.auxiliary.items() if latent is None]
+        joint = [name for name in joint if plate is None or not _counts(self.guided[name], plate)]
+        if joint and partly:
+            what = f"by the elements of plate '{plate}'" if plate is not None else "with others held"
+            raise NotImplementedError(
+                f"log_densities: the guide makes site '{min(partly)}' from '{joint[0]}', a draw of several latents "
+                f"together, so its density cannot be told {what}. Take a guide with a density for each site, "
+                f"pyro.infer.autoguide.AutoNormal(model), or compare whole fits: compare_inference(model, ..., "
+                f"methods={{'mine': guide, 'amortized': 'amortized'}})."
+            )
+        for site in self.latents if partly and not self.auxiliary else ():
+            if site["name"] in partly and not is_delta(site["fn"]) and not site["fn"].support.is_discrete:
+                raise NotImplementedError(
+                    f"log_densities: site '{site['name']}' of the guide is a point mass, which has no density to set "
+                    f"against the model's. Take a guide with a width, pyro.infer.autoguide.AutoNormal(model)."
                 )
 
     def draws(self, plate: str | None, num_draws: int, seed: int, title: str | None) -> Densities:
@@ -211,7 +249,14 @@ class Evaluation:
         guide, model = side_by_side(self.guide, count, self.nesting), self._model(count)
         guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.kwargs)
-        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        return prune_subsample_sites(model_trace), self._own(guide_trace)
+
+    def _own(self, guide_trace: poutine.Trace) -> poutine.Trace:
+        """Returns what of a run of the guide has a density q: not values that model and guide are both given."""
+        own = prune_subsample_sites(guide_trace)
+        for name in self.held & set(own.nodes):
+            own.remove_node(name)
+        return own
 
     def _run(self, plate: str | None, count: int | None) -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = self._traces(count)
@@ -322,13 +367,23 @@ class Evaluation:
                 alone = poutine.trace(self._model(None, values)).get_trace(*self.args, **self.kwargs)
                 guided = poutine.trace(poutine.condition(self.guide, data=values)).get_trace(*self.args, **self.kwargs)
                 one = self._log_p(prune_subsample_sites(alone), plate, None)[0]
-                one_q = self._sum(prune_subsample_sites(guided), plate, None)[0]
+                one_q = self._sum(self._own(guided), plate, None)[0]
                 for many, single in ((together[k], one), (log_q[k], one_q)):
                     if not torch.allclose(many, single, rtol=1e-3, atol=1e-3 * math.sqrt(self.size)):
                         return False
         except (ValueError, RuntimeError, IndexError, KeyError):
             return False
         return True
+
+
+def _is_held(trace: poutine.Trace, name: str) -> bool:
+    site = trace.nodes.get(name)
+    return bool(site and site["type"] == "sample" and site["is_observed"])
+
+
+def _is_auxiliary(site: Any) -> bool:
+    """Whether a site of one of Pyro's own guides is none of the model's, whose sites are point masses at it then."""
+    return bool(site["infer"].get("is_auxiliary"))
 
 
 def _counts(site: Any, plate: str | None) -> bool:

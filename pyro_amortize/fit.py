@@ -219,10 +219,12 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def guide_parameters(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns a guide's own unconstrained parameters, as one run of it announces them."""
+    """Returns a guide's own unconstrained parameters, as one run of it announces them; one with two names once."""
     with poutine.block(), poutine.trace(param_only=True) as capture, torch.no_grad():
         guide(*args, **kwargs)
-    return {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+    announced = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+    names = {id(parameter): name for name, parameter in reversed(announced.items())}
+    return {name: parameter for name, parameter in announced.items() if names[id(parameter)] == name}
 
 
 class _Steps:

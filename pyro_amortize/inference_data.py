@@ -23,10 +23,10 @@ from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.fit import SVIFit
 from pyro_amortize.gap import GapReport
 from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.mcmc import MCMCFit
 from pyro_amortize.parameters import preserved
 from pyro_amortize.pointwise import Pointwise, batch_of
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.reference import MCMCFit
 from pyro_amortize.structure import Plate, plates_of
 
 NUM_DRAWS = 1000

@@ -19,6 +19,8 @@ from pyro.params.param_store import module_from_param_with_module_name
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+REGISTERS = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
+
 
 class Preserved:
     """What is put back at the end of a :func:`preserved` block."""
@@ -26,7 +28,7 @@ class Preserved:
     def __init__(self, evaluating: bool) -> None:
         self._evaluating = evaluating
         self._tensors: dict[int, tuple[Tensor, Tensor, bool, Tensor | None]] = {}
-        self._modules: dict[int, tuple[nn.Module, bool, dict[str, Any], dict[str, Any]]] = {}
+        self._modules: dict[int, tuple[nn.Module, type[nn.Module], dict[str, Any]]] = {}
 
     def keep(self, tensor: Tensor) -> None:
         """Remembers the present value of a tensor that the block is going to change in place."""
@@ -35,11 +37,10 @@ class Preserved:
             self._tensors[id(tensor)] = tensor, saved, tensor.requires_grad, tensor.grad
 
     def keep_module(self, module: nn.Module) -> None:
-        """Remembers a module's own mode, buffers and lazily made parameters."""
+        """Remembers a module's own attributes: mode, buffers, and what is made at the first call, parameters or not."""
         if id(module) not in self._modules:
-            lazy: Any = getattr(module, "_pyro_params", {})
-            pyro_params = dict(lazy)
-            self._modules[id(module)] = module, module.training, dict(module._parameters), pyro_params
+            attributes = {name: dict(v) if name in REGISTERS else v for name, v in vars(module).items()}
+            self._modules[id(module)] = module, type(module), attributes
             for buffer in module.buffers(recurse=False):
                 self.keep(buffer)
         if self._evaluating:
@@ -47,14 +48,10 @@ class Preserved:
 
     def restore(self) -> None:
         """Puts everything back."""
-        for module, training, parameters, pyro_params in self._modules.values():
-            module.training = training
-            for name in set(module._parameters) - set(parameters):
-                del module._parameters[name]
-            module._parameters.update(parameters)
-            lazy: Any = getattr(module, "_pyro_params", {})
-            for name in set(lazy) - set(pyro_params):
-                del lazy[name]
+        for module, kind, attributes in self._modules.values():
+            if type(module) is kind:  # torch's lazy modules become others, with parameters made in place: these stay
+                _put_back(module, attributes)
+            module.training = attributes["training"]
         with torch.no_grad():
             for tensor, saved, requires_grad, grad in self._tensors.values():
                 tensor.data.copy_(saved)
@@ -87,7 +84,7 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
 
     hook = register_module_forward_pre_hook(watch)
     try:
-        for model in models:
+        for model in map(pyro.poutine.unwrap, models):
             for module in model.modules() if isinstance(model, nn.Module) else ():
                 record.keep_module(module)
         yield record
@@ -99,6 +96,21 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
             pyro.util.set_rng_state(rng)
         if random_state and cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Gives a module the attributes that it had, its registers in place, since others may hold them.
+
+    Parameters alone would not do: a module that makes them at its first call notes elsewhere that it did.
+    """
+    now = vars(module)
+    for name in REGISTERS:
+        if name in attributes:
+            now[name].clear()
+            now[name].update(attributes[name])
+    for name in set(now) - set(attributes):
+        del now[name]
+    now.update({name: value for name, value in attributes.items() if name not in REGISTERS})
 
 
 def model_state(model: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:

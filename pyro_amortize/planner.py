@@ -62,11 +62,15 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
 
 
 def plan_beside(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AmortizationPlan:
-    """Plans as :func:`plan_amortization` does, for a model whose discrete latents some guide may sample itself."""
+    """Plans as :func:`plan_amortization` does, for a model whose discrete latents some guide may sample itself.
+
+    Sites of the guide that are none of the model's, as the auxiliary ones of Pyro's own guides, are ignored.
+    """
     with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
         guided = poutine.trace(guide).get_trace(*args, **kwargs)
     facts = examine(model, args, kwargs)
-    names = {facts.site_of(name).name for name, site in guided.iter_stochastic_nodes() if not site_is_subsample(site)}
+    drawn = [name for name, site in guided.iter_stochastic_nodes() if not site_is_subsample(site)]
+    names = {facts.site_of(name).name for name in drawn if facts.has(name)}
     sampled = frozenset(s.name for s in facts.latents if s.discrete and s.plates and s.name in names)
     return build_plan(facts, apart=sampled, encoder=dict.fromkeys([*sampled, *facts.plates], OWN_DATA))
 

@@ -9,7 +9,13 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
-from torch.distributions.transforms import ExpTransform
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    Transform,
+)
 
 from pyro_amortize.supports import undressed
 
@@ -152,11 +158,24 @@ def normal_underneath(fn: Any) -> tuple[Any, list[Any]] | None:
         fn = fn.component1
     while not isinstance(fn, torch.distributions.Normal):
         if isinstance(fn, torch.distributions.TransformedDistribution):
-            transforms = list(fn.transforms) + transforms
+            transforms = [part for t in fn.transforms for part in _parts(t)] + transforms
         fn = getattr(fn, "base_dist", None)
         if fn is None:
             return None
     return fn, transforms
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    """Returns the steps of a transform that change values: torch's own to the positives shifts by nought in the end."""
+    base = transform
+    while isinstance(base, IndependentTransform):
+        base = base.base_transform
+    if isinstance(base, ComposeTransform):
+        parts = [part for step in base.parts for part in _parts(step)]
+        return parts if base is transform or not parts else [transform]
+    if isinstance(base, AffineTransform) and bool((torch.as_tensor(base.loc) == 0).all()):
+        return [] if bool((torch.as_tensor(base.scale) == 1).all()) else [transform]
+    return [transform]
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:

@@ -215,6 +215,10 @@ class Structure:
         family = next((family for family in self.families if family.numbers(name) is not None), None)
         return self.sites[name] if name in self.sites or family is None else self.sites[family.name]
 
+    def has(self, name: str) -> bool:
+        """Whether the model has a site of this name, or a family of loops that it is of."""
+        return name in self.sites or any(family.numbers(name) is not None for family in self.families)
+
     @property
     def latents(self) -> list[Site]:
         """The latent sites that are to be guided, in the model's order."""

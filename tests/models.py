@@ -17,6 +17,19 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoHierarchicalNormalMessenger,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoRegressiveMessenger,
+    AutoStructured,
+)
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
@@ -737,3 +750,29 @@ def forecast(x):
     with pyro.plate("new", 4):
         pyro.sample("z_new", dist.Normal(theta, 1.0))
     pyro.factor("prefers_small", -theta.square())
+
+
+AUTOGUIDES = [
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoDelta,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoStructured,
+    AutoNormalMessenger,
+    AutoHierarchicalNormalMessenger,
+    AutoRegressiveMessenger,
+]
+"""Pyro's own."""
+
+
+def autoguided(x):
+    """Global and local latents on the reals and on the positives, for Pyro's own guides."""
+    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, tau))
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        pyro.sample("x", dist.Normal(z, rate), obs=x)

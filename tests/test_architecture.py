@@ -22,7 +22,7 @@ ORDER = [
     {"guides"},
     {"densities", "minibatch", "pointwise"},
     {"fit", "local_joint"},
-    {"reference"},
+    {"reference", "mcmc"},
     {"optimum"},
     {"evidence"},
     {"estimates"},

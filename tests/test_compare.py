@@ -2,7 +2,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from models import AUTOGUIDES, autoguided
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_amortize import MLP, AutoAmortizedNormal, Constant, MCMCFit, compare_inference, fit_svi
 from pyro_amortize.arviz_bridge import ess, r_hat
@@ -203,6 +204,26 @@ def test_pyro_s_own_guides_are_judged_and_not_taken_for_amortized():
     comparison = compare_inference(model, DATA, methods={"auto": fit, "exact": by_hand}, progress=False)
     assert comparison.table.loc["auto", "seconds_per_new_row"] == fit.seconds / 30
     assert comparison.plot().legends
+
+
+def test_pyro_s_own_guides_stand_beside_ours():
+    x = DATA[:8]
+    methods = {make.__name__: make(autoguided) for make in AUTOGUIDES}
+    trained = fit_svi(autoguided, AutoMultivariateNormal(autoguided), x, num_steps=30, seed=0, progress=False)
+    pyro.clear_param_store()  # from which a guide of the same class would take what this one learnt
+    comparison = compare_inference(
+        autoguided,
+        x,
+        methods={**methods, "trained": trained, "ours": "amortized"},
+        svi={"num_steps": 10},
+        num_draws=20,
+        progress=False,
+    )
+    assert comparison.table["elbo"].notna().all()
+    assert comparison.table.loc["trained", "elbo"] > comparison.table.loc["AutoMultivariateNormal", "elbo"]
+    assert all(not list(guide.parameters()) for guide in methods.values())
+    warned = [text.split()[0] for text in comparison.warnings if "was never called" in text and "fit_svi" in text]
+    assert warned == list(methods)
 
 
 def test_mcmc_that_cannot_run_is_left_out_with_the_reason():

@@ -4,8 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from models import AUTOGUIDES, autoguided
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
+from pyro.optim import Adam
 from torch import nn
 
 from pyro_amortize import AutoAmortizedNormal, Table, fit_svi
@@ -273,3 +275,16 @@ class TestNaN:
             assert all(parameter.isfinite().all() for parameter in guide.parameters())
             assert pyro.param("width").item() > 0.45
             assert guide.posterior(x).mean["z"].isfinite().all()
+
+
+@pytest.mark.parametrize("make", AUTOGUIDES)
+@pytest.mark.parametrize("stepped", [False, True], ids=["new", "after a step"])
+def test_pyro_s_guides_are_trained(make, stepped):
+    x = torch.randn(8)
+    guide = make(autoguided)
+    if stepped:
+        SVI(autoguided, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    fit = fit_svi(autoguided, guide, x, num_steps=30, lr=0.05, seed=0, progress=False)
+    assert fit.guide is guide
+    assert fit.num_parameters == sum(p.numel() for p in guide.parameters())
+    assert fit.losses[-10:].mean() < fit.losses[:10].mean()

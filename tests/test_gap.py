@@ -5,7 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import autoguided
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 
 from pyro_amortize import MLP, AutoAmortizedNormal, Table, amortization_gap, fit_svi
 from pyro_amortize.estimates import QUANTITIES
@@ -429,3 +431,28 @@ def test_a_vae_by_hand_and_a_generated_one_have_the_same_gaps():
     for name in QUANTITIES:
         error = (a[name] - b[name]) / np.hypot(a[f"{name}_se"], b[f"{name}_se"])
         assert error.abs().max() < 4
+
+
+class TestPyrosOwnGuides:
+    X = torch.randn(8, generator=torch.Generator().manual_seed(4))
+
+    @pytest.mark.parametrize("trained", [True, False])
+    @pytest.mark.parametrize("make", [AutoNormal, AutoNormalMessenger])
+    def test_are_judged(self, make, trained):
+        guide = make(autoguided)
+        if trained:
+            fit_svi(autoguided, guide, self.X, num_steps=300, lr=0.05, seed=0, progress=False)
+        report = amortization_gap(autoguided, guide, self.X, num_draws=200, num_steps=100, progress=False)
+        table = report.per_datum
+        assert set(report.given) == {"theta", "tau"}
+        assert (table["inference_gap"] > -3 * table["inference_gap_se"] - 0.1).all()
+        if trained:
+            assert (table["inference_gap"] < 1).all()
+        assert ("amortization_gap" in report.totals.index) == (make is AutoNormalMessenger)
+        assert bool(list(guide.parameters())) == trained
+
+    @pytest.mark.parametrize("given", [None, 2])
+    @pytest.mark.parametrize("make", [AutoMultivariateNormal, AutoIAFNormal, AutoDelta])
+    def test_have_no_numbers_per_datum_where_they_draw_all_together_or_points(self, make, given):
+        with pytest.raises(NotImplementedError, match=r"site '(rate|z)'.*AutoNormal\(model\)"):
+            amortization_gap(autoguided, make(autoguided), self.X, given=given, progress=False)

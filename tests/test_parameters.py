@@ -3,7 +3,7 @@
 import pyro
 import pytest
 import torch
-from models import VAE, Module
+from models import AUTOGUIDES, VAE, Module, autoguided
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
@@ -118,6 +118,47 @@ def test_lazily_made_pyro_parameters_are_taken_back():
         assert list(lazy.state_dict()) == ["w_unconstrained"]
     assert list(lazy.state_dict()) == []
     assert lazy().shape == (3,)
+
+
+def test_whatever_a_first_call_makes_is_taken_back():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.built = None, False
+
+        def forward(self):
+            if not self.built:
+                self.weight, self.layer, self.built = nn.Parameter(torch.rand(3)), nn.Linear(1, 1), True
+            return self.weight
+
+    lazy = Lazy()
+    with preserved(lazy):
+        lazy()
+    assert list(lazy.state_dict()) == []
+    assert lazy.weight is None
+    assert lazy().shape == (3,)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_torch_s_lazy_modules_keep_what_they_make(watched):
+    lazy = nn.LazyLinear(2)
+    with preserved(*[lazy] * watched):
+        value = lazy(X)
+    assert torch.equal(lazy(X), value)
+
+
+@pytest.mark.parametrize("make", AUTOGUIDES)
+def test_pyro_s_guides_are_new_again(make):
+    guide = make(autoguided)
+    for _ in range(2):
+        with preserved(guide):
+            guide(X[:, 0])
+        assert list(guide.state_dict()) == []
+    guide(X[:, 0])
+    state = snapshot(guide)
+    with preserved(guide):
+        guide(X[:, 0])
+    assert equal(state, snapshot(guide))
 
 
 def test_announced_tensors_are_put_back_with_their_gradients():

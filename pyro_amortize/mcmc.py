@@ -1,0 +1,261 @@
+"""Draws from the posterior by NUTS, and whether they are good enough to judge others by."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_amortize import arviz_bridge
+from pyro_amortize.calls import Model
+from pyro_amortize.parameters import preserved
+from pyro_amortize.structure import plates_of
+
+R_HAT = 1.01
+ESS_A_CHAIN = 100
+
+
+@dataclass(frozen=True)
+class MCMCFit:
+    """Draws by MCMC, and whether to trust them.
+
+    Attributes:
+        samples: Site -> shape (chains, draws, *shape of the site), in constrained space.
+        r_hat: Site -> rank-normalized split R-hat of each element; NaN where an element never changes.
+        ess: Site -> bulk effective sample size of each element.
+        ess_tail: Site -> effective sample size of each element's tails, the smaller one of the 5 % and 95 % quantiles.
+        divergences: Divergent transitions after warm-up, all chains together.
+        seconds: Wall-clock time of everything.
+        diverging: Whether each transition diverged, shape (chains, draws).
+        model: What was drawn from, latents that were given conditioned; not a copy.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        given: Values at which latents were held.
+    """
+
+    samples: dict[str, Tensor]
+    r_hat: dict[str, Tensor]
+    ess: dict[str, Tensor]
+    ess_tail: dict[str, Tensor]
+    divergences: int
+    seconds: float
+    diverging: Tensor | None = field(default=None, repr=False, compare=False)
+    model: Any = field(default=None, repr=False, compare=False)
+    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    given: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def converged(self) -> bool:
+        """Whether chains agree and are long enough to be a reference.
+
+        At every element bulk and tail effective sample size are at least 100 a chain, and R-hat is at most 1.01 where
+        a site has one element. Of many elements the largest R-hat is above 1.01 by chance: between stationary chains
+        R-hat - 1 grows with the variance of the means of half chains, which is in proportion to a chi-squared variable
+        with one degree of freedom less than there are half chains. The limit of a site of K elements is therefore
+        1 + 0.01 q(0.05 / K) / q(0.05), q the upper quantile of that chi-squared: for four chains 1.016 where K is 20,
+        1.026 where it is 10,000. An R-hat that cannot be told (one chain, chains that do not move) is none; elements
+        that have one value in all chains are left out, as the upper triangle of a Cholesky factor. Divergences are
+        warned of apart.
+
+        References:
+            A. Vehtari et al., Rank-Normalization, Folding, and Localization: An Improved R-hat, Bayesian Analysis
+            2021, https://arxiv.org/abs/1903.08008
+        """
+        return not self._short
+
+    @property
+    def _short(self) -> list[str]:
+        """What keeps the chains from being a reference."""
+        found = []
+        chains, draws = next(iter(self.samples.values())).shape[:2]
+        if chains == 1:
+            return ["there is one chain, which no other can confirm: raise num_chains"]
+        if draws < 4:
+            return [f"{draws} draws a chain are too few to tell R-hat from: raise num_samples"]
+        varying = {name: _varies(value) for name, value in self.samples.items()}
+        if not any(bool(varies.any()) for varies in varying.values()):
+            return ["no chain moved: look for infinite densities in the model"]
+        for name, varies in varying.items():
+            if not bool(varies.any()):
+                continue
+            worst = float(self.r_hat[name][varies].nan_to_num(torch.inf).max())
+            limit = _r_hat_limit(int(varies.sum()), chains)
+            if not worst <= limit:
+                found.append(f"R-hat of '{name}' reaches {worst:.3f}, above {limit:.3f}: chains disagree; draw more")
+            sizes = torch.minimum(self.ess[name], self.ess_tail[name])[varies].nan_to_num(0.0)
+            needed = ESS_A_CHAIN * chains
+            if not float(sizes.min()) >= needed:
+                found.append(
+                    f"effective sample size of '{name}' falls to {float(sizes.min()):.0f}, below {needed} "
+                    f"({ESS_A_CHAIN} a chain): draw more"
+                )
+        return found
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Reasons to doubt the draws."""
+        found = self._short
+        if self.divergences:
+            found = [*found, f"{self.divergences} divergent transitions: parts of the posterior were not reached"]
+        return tuple(found)
+
+    def __str__(self) -> str:
+        header = f"{'site':<16}{'elements':>9}{'max R-hat':>11}{'min ESS':>10}{'min tail ESS':>14}"
+        lines = []
+        for name, values in self.r_hat.items():
+            r_hat, bulk, tail = (
+                (math.nan if kept.numel() == 0 else float(getattr(kept, what)()))
+                for kept, what in (
+                    (values[~values.isnan()], "max"),
+                    (self.ess[name].flatten(), "min"),
+                    (self.ess_tail[name].flatten(), "min"),
+                )
+            )
+            lines.append(f"{name:<16}{values.numel():>9}{r_hat:>11.3f}{bulk:>10.0f}{tail:>14.0f}")
+        chains, draws = next(iter(self.samples.values())).shape[:2]
+        state = "converged" if self.converged else "NOT converged: no reference to measure by"
+        first = (
+            f"MCMCFit: {chains} chains of {draws} draws, {self.divergences} divergences, {self.seconds:.1f} s, {state}"
+        )
+        return "\n".join([first, header, *lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def _varies(draws: Tensor) -> Tensor:
+    """Tells which elements have more than one value among all draws of all chains."""
+    different: Tensor = (draws != draws[:1, :1]).flatten(0, 1).any(0)
+    return different
+
+
+def _r_hat_limit(num_elements: int, num_chains: int) -> float:
+    """Returns up to what R-hat the worst of so many elements may be by chance where one may be up to 1.01."""
+    spread = 2 / (9 * (2 * num_chains - 1))
+
+    def quantile(tail: float) -> float:  # of a chi-squared, over its degrees of freedom, by Wilson and Hilferty
+        normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+        return (1 - spread - float(normal.icdf(torch.tensor(tail, dtype=torch.float64))) * math.sqrt(spread)) ** 3
+
+    return 1 + (R_HAT - 1) * quantile(0.05 / num_elements) / quantile(0.05)
+
+
+def run_mcmc(
+    model: Model,
+    *args: Any,
+    given: Mapping[str, Tensor] | None = None,
+    num_samples: int = 1000,
+    warmup_steps: int = 1000,
+    num_chains: int = 4,
+    engine: str = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> MCMCFit:
+    """Draws from the posterior by NUTS, chain after chain. The model's own parameters are held.
+
+    Discrete latents that the model marks for enumeration are summed out. Ask the result's ``converged`` before using
+    it as a reference.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        given: Values at which latents are held.
+        num_samples: Draws of each chain.
+        warmup_steps: Steps of each chain that adapt the sampler, and are thrown away.
+        num_chains: Number of chains.
+        engine: "pyro", Pyro's NUTS; "auto" takes the best at hand.
+        seed: Of the first chain; the others follow. None draws it from the present random state.
+        progress: Whether to show a progress bar.
+        model_kwargs: The model's keyword arguments.
+
+    Returns:
+        Draws with their diagnostics.
+
+    Raises:
+        ValueError: A plate of the model subsamples, or an option is out of range.
+    """
+    if engine not in ("auto", "pyro"):
+        raise ValueError(f"run_mcmc: engine={engine!r} is not known. Known: 'auto', 'pyro'.")
+    for option, value in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
+        if value < 1:
+            raise ValueError(f"run_mcmc: {option}={value}. Expected a positive whole number.")
+    start = time.perf_counter()
+    kwargs = model_kwargs or {}
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    state = pyro.util.get_rng_state()
+    chains, diverging = [], torch.zeros(num_chains, num_samples, dtype=torch.bool)
+    with preserved(model, evaluating=True):
+        pyro.util.set_rng_state(state)
+        conditioned = poutine.condition(model, data=dict(given or {}))
+        sites = _all_rows(conditioned, args, kwargs)
+        nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
+        for chain in range(num_chains):
+            pyro.set_rng_seed(seed + chain)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
+                mcmc = MCMC(
+                    NUTS(conditioned, max_plate_nesting=nesting, init_strategy=_init_in_shape(sites)),
+                    num_samples=num_samples,
+                    warmup_steps=warmup_steps,
+                    disable_progbar=not progress,
+                )
+                mcmc.run(*args, **kwargs)
+            chains.append({name: value.detach() for name, value in mcmc.get_samples().items()})
+            # Not mcmc.diagnostics(), which finds R-hat along with them and asserts that there are four draws.
+            diverging[chain, list(mcmc._diagnostics[0]["divergences"])] = True
+    samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    diagnostics = (arviz_bridge.r_hat, arviz_bridge.ess, partial(arviz_bridge.ess, method="tail"))
+    bar = tqdm(diagnostics, desc="R-hat and ESS", disable=not progress)
+    r_hat, ess, ess_tail = (diagnostic(samples) for diagnostic in bar)
+    return MCMCFit(
+        samples=samples,
+        r_hat=r_hat,
+        ess=ess,
+        ess_tail=ess_tail,
+        divergences=int(diverging.sum()),
+        seconds=time.perf_counter() - start,
+        diverging=diverging,
+        model=conditioned,
+        args=args,
+        kwargs=kwargs,
+        given=dict(given or {}),
+    )
+
+
+def _init_in_shape(sites: list[Any]) -> Callable[[Any], Tensor]:
+    """Starts sites in the shapes of a plain run; Pyro's own has one below an enumerated site take a value for each."""
+    dims = {site["name"]: site["value"].dim() for site in sites}
+
+    def init(site: Any) -> Tensor:
+        value = init_to_uniform(site)
+        return value[(0,) * (value.dim() - dims.get(site["name"], value.dim()))]
+
+    return init
+
+
+def _all_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the sample sites of a model; refuses plates that subsample."""
+    with poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    for name, site in trace.nodes.items():
+        for frame in site["cond_indep_stack"] if site["type"] == "sample" else ():
+            if frame.full_size is not None and int(frame.size) < int(frame.full_size):
+                raise ValueError(
+                    f"run_mcmc: site '{name}' stands in plate '{frame.name}', which shows {int(frame.size)} of its "
+                    f"{int(frame.full_size)} elements; NUTS needs all. Call the model so that the plate does not "
+                    f"subsample: pyro.plate({frame.name!r}, {int(frame.full_size)})."
+                )
+    return [site for site in prune_subsample_sites(trace).nodes.values() if site["type"] == "sample"]
