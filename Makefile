@@ -7,10 +7,14 @@ CONSTRAINTS ?= .constraints.txt
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow test-newest compatibility tutorials lint clean
+.PHONY: demo bench test test-slow test-newest compatibility tutorials lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python tutorials/demo.py
+
+# Ten minutes; IMAGES=path/to/t10k-images-idx3-ubyte.gz saves the download.
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/digits.py $(if $(IMAGES),--images $(IMAGES))
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
