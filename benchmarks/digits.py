@@ -87,7 +87,7 @@ def main():
     ]
     source = f"a guide from {options.guide.name}" if was_there else f"a guide of {options.steps} steps"
     head = f"{options.data} unseen digits, {source}, seed {options.seed}; {machine()}"
-    text = "\n".join([head, "", *gap_table(report), "", *table(("Time and accuracy", ""), rows)])
+    text = "\n".join([head, "", *gap_table(report), "", *table(("Time, and nats ± se", "found"), rows)])
     print(text)
     if not options.quick:
         write_section("Gaps of digits", text)
@@ -197,10 +197,10 @@ def beside_longer_annealing(model, guide, x, best, k_hat, options):
     psis = amortization_gap(model, guide, x[rows], num_annealed=0, seed=options.seed + 1).per_datum["log_evidence"]
     short, long = (annealed(model, x[rows], [part[rows] for part in best], count) for count in (100, 500))
     found = []
-    for name, here in (("of the highest k-hat", slice(half)), ("others", slice(half, None))):
+    for name, here in (("digits of the highest k-hat", slice(half)), ("other digits", slice(half, None))):
         for method, value in (("PSIS", torch.tensor(psis.to_numpy())), ("AIS of 100", short)):
             difference = (value - long)[here]
-            what = f"log evidence: {method} less AIS of 500 temperatures, {len(difference)} digits {name}"
+            what = f"log evidence: {method} less AIS of 500 temperatures, {len(difference)} {name}"
             found.append((what, with_error(difference)))
     return found
 
