@@ -274,6 +274,7 @@ class _Measure:
                 best = self._log_ratio(model, table, "q*")
                 fit = record(joint, table, optimum, best.sum(-1), start)
             except NotImplementedError as reason:
+                joint = optimum = None
                 doubts.append(f"no split into approximation and amortization: {reason}")
             evidence = estimate_evidence(encoded if best is None else best)
             if joint is not None and optimum is not None and self.plate is not None:

@@ -8,6 +8,7 @@ import torch
 from models import autoguided
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
+from torch.distributions.transforms import SoftplusTransform
 
 from pyro_amortize import MLP, AutoAmortizedNormal, Table, amortization_gap, fit_svi
 from pyro_amortize.estimates import QUANTITIES
@@ -456,3 +457,19 @@ class TestPyrosOwnGuides:
     def test_have_no_numbers_per_datum_where_they_draw_all_together_or_points(self, make, given):
         with pytest.raises(NotImplementedError, match=r"site '(rate|z)'.*AutoNormal\(model\)"):
             amortization_gap(autoguided, make(autoguided), self.X, given=given, progress=False)
+
+
+def test_a_guide_on_another_support_is_not_split():
+    def rates(x):
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal((x + 2).log(), 0.2)
+            pyro.sample("rate", dist.TransformedDistribution(base, [SoftplusTransform()]))
+
+    report = amortization_gap(rates, guide, torch.arange(6.0), progress=False)
+    assert "site 'rate' of the guide has another support" in report.warnings[0]
+    assert report.per_datum["inference_gap"].notna().all()
