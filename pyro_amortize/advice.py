@@ -37,9 +37,9 @@ def advise(
     found: list[tuple[float, str]] = []
     whole = per_row.loc["inference_gap", "total"] if "inference_gap" in per_row.index else None
 
-    def add(gap: float, se: float, what: str, remedy: str) -> None:
-        if gap > max(NEGLIGIBLE, ERRORS * se):
-            share = f", {gap / whole:.0%} of the inference gap" if whole is not None and whole > 0 else ""
+    def add(gap: float, se: float, what: str, remedy: str, is_part: bool = True) -> None:
+        if gap > NEGLIGIBLE and gap > ERRORS * se:  # False where one datum has no error
+            share = f", {gap / whole:.0%} of the inference gap" if is_part and whole is not None and whole > 0 else ""
             found.append((gap, f"{what} {gap:.3g} ± {se:.2g} {unit}{share}: {remedy}"))
 
     if "amortization_gap" in per_row.index:
@@ -50,14 +50,20 @@ def advise(
         add(gap, se, "independent normals lose, whatever the encoder,", _for_family(gap, correlated))
     if generalization is not None and "amortization_gap" in generalization.index:
         gap, se = generalization.loc["amortization_gap", ["difference", "difference_se"]]
-        add(gap, se, "on unseen data the encoder loses", "more data, a smaller encoder, or weight decay narrows that")
+        add(
+            gap,
+            se,
+            "on unseen data the encoder loses",
+            "more data, a smaller encoder, or weight decay narrows that",
+            False,
+        )
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
 def _for_encoder(name: str, verdict: Verdict, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
     """Says what narrows an amortization gap: inputs that lack, the structure, or training."""
-    if name in lacking:
-        gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]]
+    gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]] if name in lacking else (0.0, 0.0)
+    if gap > ERRORS * se:
         return f"{lacking[name]}. An encoder that does, trained alike, gains {gap:.3g} ± {se:.2g}"
     if verdict.closable is False:
         return f"no encoder of these inputs closes it all: {verdict.reason}"
@@ -84,7 +90,7 @@ def generalization(seen: pd.DataFrame | None, unseen: pd.DataFrame | None) -> pd
     rows = {}
     for name in ("amortization_gap", "approximation_gap", "inference_gap"):
         one, other = seen[name], unseen[name]
-        if one.notna().all() and other.notna().all():
+        if all(column.abs().lt(float("inf")).all() for column in (one, other)):
             se = (one.var() / len(one) + other.var() / len(other)) ** 0.5
             rows[name] = (one.mean(), other.mean(), other.mean() - one.mean(), se)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["seen", "unseen", "difference", "difference_se"])

@@ -188,8 +188,8 @@ def correlation_cost(joint: LocalJoint, optimum: Optimum) -> float | None:
     """
     dim = joint.loc.shape[1]
     rows = torch.arange(joint.num_rows)[:: -(-joint.num_rows // SOME_DATA)]
-    if not 1 < dim <= MOST_DIMS:
-        return None
+    if dim == 1 or dim > MOST_DIMS:
+        return 0.0 if dim == 1 else None
     with torch.no_grad():
         values = optimum.loc[rows] + optimum.scale[rows] * torch.randn(SOME_DRAWS, len(rows), dim).to(joint.loc)
         log_ratio = joint.log_p(values, rows) - joint.log_q(values, optimum.loc[rows], optimum.scale[rows], rows)

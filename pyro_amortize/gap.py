@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ from pyro_amortize.advice import advise, generalization
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
-from pyro_amortize.densities import enumerated_sites, log_densities
+from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
 from pyro_amortize.evidence import CORRECTED, Evidence, correlation_cost, estimate_evidence, improved_evidence
 from pyro_amortize.fit import Options, SVIFit, seeded
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import TOLERANCE, Optimum, as_guide, data_plate, local_joint, record, search
 from pyro_amortize.parameters import preserved
+from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
-from pyro_amortize.reference import drawn_globals, held_globals, local_sites
+from pyro_amortize.reference import drawn_globals, held_globals, local_sites, site_answers
 
 BLOCK_DRAWS = 50
 OF_EVIDENCE = ("log_evidence", "approximation_gap", "inference_gap")
@@ -268,7 +270,7 @@ class _Measure:
         with preserved(model, guide, evaluating=True), poutine.block(), seeded(self.options.seed):
             encoded = self._log_ratio(model, guide, "encoder")
             try:
-                joint = local_joint(model, guide, self.args, self.kwargs, self.plan, self.plate)
+                joint = local_joint(model, guide, self.args, self.kwargs, self._own_plan(), self.plate)
                 optimum = search(joint, self.options, self.sizes.num_particles)
                 table = as_guide(joint, optimum)
                 best = self._log_ratio(model, table, "q*")
@@ -283,11 +285,28 @@ class _Measure:
                         evidence, joint, optimum, self.num_draws, self.sizes.num_annealed, self.options.progress
                     )
             parts = gaps(encoded, best, None if optimum is None else optimum.shortfall.cpu().double(), evidence)
+            if any(abs(scale - 1) > 1e-6 for scale in self._scales(guide)):
+                doubts.append("no evidence: poutine.scale stands around local latents, and a scaled ELBO bounds none")
+                parts = {name: part for name, part in parts.items() if name not in OF_EVIDENCE}
             blocks, lead, correlated = {}, None, None
             if joint is not None and optimum is not None:
                 blocks, lead = _block_by_block(joint, optimum, parts["amortization_gap"]), _lead(joint, optimum)
                 correlated = correlation_cost(joint, optimum) if self.plate is not None else None
         return _Found(parts, evidence, fit, blocks, lead, correlated, tuple(doubts))
+
+    def _own_plan(self) -> AmortizationPlan:
+        """Returns the guide's plan, whose blocks are its encoders; the model's, where the guide has others."""
+        own = getattr(self.guide, "plan", None)
+        sites = {site for block in own.blocks if block.amortized for site in block.sites} if own is not None else set()
+        return own if own is not None and sites == set(self.sites) else self.plan
+
+    def _scales(self, guide: Model) -> set[float]:
+        """Returns by how much the densities of local latents are scaled, subsampling apart."""
+        found: set[float] = set()
+        for name, site in site_answers(guide, self.args, self.kwargs).items():
+            if self.plan.turn_of(name)[0] in self.sites:
+                found |= set(torch.as_tensor(scale_of(site, self.plate or "")).flatten().tolist())
+        return found
 
     def _log_ratio(self, model: Model, guide: Model, title: str) -> Tensor:
         """Returns log p - log q of draws, shape (draws, rows); of all data together, (draws, 1)."""
@@ -330,7 +349,7 @@ class _Measure:
         per_datum = None if self.plate is None else _per_datum(parts, found)
         warnings = [*self.remarks, *found[0].doubts, *_doubts(parts, found, self.options), *self._collapse(found[0])]
         between = None if unseen is None else generalization(per_datum, unseen.per_datum)
-        rows = 1 if per_datum is None else len(per_datum)
+        rows = self._num_elements() if per_datum is None else len(per_datum)
         judged = getattr(self.guide, "plan", None) or self.plan
         advice = advise(
             totals(parts) / rows,
@@ -354,12 +373,17 @@ class _Measure:
             generalization=between,
         )
 
+    def _num_elements(self) -> int:
+        """How many elements totals are of: those of the outermost plate of the first block."""
+        block = next(block for block in self.plan.blocks if block.amortized)
+        return max(1, self.plan.plates.get(block.plates[0], 1)) if block.plates else 1
+
     def _collapse(self, found: _Found) -> list[str]:
         """Warns if the encoder says no more than one row of parameters for all data does."""
         if found.lead is None:
             return []
         (lead, se), (possible, _) = (part.total for part in found.lead)
-        if lead > max(2 * se, 0.02 * possible) or possible < 5:
+        if not math.isfinite(lead) or lead > max(2 * se, 0.02 * possible) or possible < 5:
             return []
         return [
             f"the encoder is no better than Constant(), one answer for all data: {lead:.3g} ± {se:.2g} nats, where q* "
@@ -388,7 +412,7 @@ def _per_datum(parts: dict[str, Part], found: list[_Found]) -> pd.DataFrame:
     if "amortization_gap" in parts:
         gap = parts["amortization_gap"]
         table["converged"] = ((gap.value >= -2 * gap.se - SLACK) & (gap.shortfall < 10 * TOLERANCE)).numpy()
-    for name in parts if len(found) > 1 else ():
+    for name in found[0].parts if len(found) > 1 else ():
         table[f"{name}_spread"] = torch.stack([each.parts[name].value for each in found]).std(0).numpy()
     return table
 
@@ -396,6 +420,12 @@ def _per_datum(parts: dict[str, Part], found: list[_Found]) -> pd.DataFrame:
 def _doubts(parts: dict[str, Part], found: list[_Found], options: Options) -> list[str]:
     """Says what there is to doubt: a q* that is no optimum, and weights with too heavy tails."""
     doubts = []
+    lost = (~parts["elbo"].value.isfinite()).nonzero().flatten().tolist()
+    if lost:
+        doubts.append(
+            f"the guide's ELBO is not finite on {len(lost)} of {len(parts['elbo'].value)} data ({lost[:5]}): some of "
+            f"its draws have density 0 in the model or overflow it, so totals are NaN or infinite"
+        )
     if "amortization_gap" in parts:
         gap = parts["amortization_gap"]
         total, total_se = gap.total

@@ -251,7 +251,7 @@ class Coordinates:
             self.axis = frame.dim - (base.loc.dim() - len(fn.batch_shape))
         self.shape = base.loc.shape
         self.loc, self.scale = (self._rows_first(moment.detach()) for moment in (base.loc, base.scale))
-        self.weight = self._rows_first(_weight(site, plate).to(base.loc).expand(self.shape))
+        self.weight = self._rows_first(_weight(site, plate, base.loc.dim()).to(base.loc).expand(self.shape))
         self.width = self.loc[0].numel()
 
     @property
@@ -307,18 +307,22 @@ def _joined(pieces: tuple[Coordinates, ...]) -> Coordinates:
     return first
 
 
-def _weight(site: Any, plate: str | None) -> Tensor:
-    """What the density of each entry of a site of q counts."""
+def _weight(site: Any, plate: str | None, dims: int) -> Tensor:
+    """What the density of each entry of a site of q counts, in the dimensions of the normal underneath."""
     fn = site["fn"]
     weight = torch.as_tensor(scale_of(site, plate), dtype=torch.float64).expand(fn.batch_shape)
     if site["mask"] is not None:
         weight = weight * site["mask"]
-    weight = weight.reshape(weight.shape + (1,) * len(fn.event_shape))
+    weight = weight.reshape(weight.shape + (1,) * (dims - weight.dim()))
     while fn is not None:
         if type(fn).__name__ == "MaskedDistribution":
             mask = torch.as_tensor(fn._mask).expand(fn.batch_shape)
-            weight = weight * mask.reshape(mask.shape + (1,) * len(fn.event_shape))
-        fn = getattr(fn, "base_dist", None)
+            weight = weight * mask.reshape(mask.shape + (1,) * (dims - mask.dim()))
+        if type(fn).__name__ == "MaskedMixture":  # the guide's own entries, and the prior's, which count nothing
+            weight = weight * fn.mask.reshape(fn.mask.shape + (1,) * (dims - fn.mask.dim()))
+            fn = fn.component1
+        else:
+            fn = getattr(fn, "base_dist", None)
     return weight
 
 

@@ -192,7 +192,7 @@ def _search(
     ends = []
     for loc, scale in starts:
         ends.append(_explore(_Walk(joint, rows, loc, scale, options), noise, options.num_steps, bar))
-    best = torch.stack([elbo for _, _, elbo in ends]).argmax(0)
+    best = torch.stack([elbo.nan_to_num(-math.inf, neginf=-math.inf) for _, _, elbo in ends]).argmax(0)
     loc, scale = (
         torch.stack([end[i] for end in ends])[best, torch.arange(len(best), device=best.device)] for i in (0, 1)
     )
@@ -213,7 +213,7 @@ class _Walk:
         elbo = self.log_ratio(*self.at(self.shift[places], self.stretch[places], places), noise, places).mean(0)
         way = [self.shift, self.stretch]
         for parameter, gradient in zip(way, torch.autograd.grad(-elbo.sum(), way), strict=True):  # of nothing else
-            parameter.grad = gradient
+            parameter.grad = gradient.where(gradient.isfinite(), 0.0)  # where log p overflows, the row waits
         self.adam.step()
         return elbo.detach()
 
@@ -252,10 +252,12 @@ def _explore(walk: _Walk, noise: Tensor, num_steps: int, bar: Any) -> tuple[Tens
                 here = walk.at(passed[0][active], passed[1][active], active)
                 ratio = walk.log_ratio(*here, noise[:, active], active)
             gain, error = (ratio - best[:, active]).mean(0), (ratio - best[:, active]).std(0) / FIXED_DRAWS**0.5
+            escaped = ratio.mean(0).isfinite() & ~best[:, active].mean(0).isfinite()
+            gain, error = gain.where(~escaped, math.inf), error.where(~escaped, 0.0)
             better = active[gain > 0]
             loc[better], scale[better] = (value[gain > 0] for value in here)
             best[:, better] = ratio[:, gain > 0]
-            active = active[gain > (2 * error).clamp(min=TOLERANCE)]
+            active = active[~(gain <= (2 * error).clamp(min=TOLERANCE))]
             passed = [torch.zeros_like(loc), torch.zeros_like(loc)]
             if not len(active):
                 bar.update(num_steps - step)
@@ -303,7 +305,7 @@ def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
         with Subsample(joint.plate, indices) if indices is not None else nullcontext():  # type: ignore[arg-type]
             own = site_answers(guide, joint.args, joint.kwargs)
         for site, loc, scale in joint.by_site(optimum.loc, optimum.scale):
-            if normal_underneath(own[site.name]["fn"])[1] != site.transforms:  # type: ignore[index]
+            if not _same(normal_underneath(own[site.name]["fn"])[1], site.transforms):  # type: ignore[index]
                 raise NotImplementedError(
                     f"fit_optimum: site '{site.name}' of the guide has another support than the model's; write it on "
                     f"the model's own: Normal on the reals, LogNormal on the positives."
@@ -313,6 +315,20 @@ def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
             name, turn = plan.turn_of(site.name)
             write_rows(guide, own[site.name], plan.block_of(name), name, turn, loc, scale, indices)
     return guide
+
+
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    """Tells whether transforms are the same; some of torch's are equal to themselves only."""
+    return len(ours) == len(theirs) and all(
+        one == other or (type(one) is type(other) and _settings(one) == {} == _settings(other))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _settings(transform: Any) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(transform).items() if name not in ("_inv", "_cache_size", "_cached_x_y")
+    }
 
 
 def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, ratio: Tensor, start: float) -> SVIFit:

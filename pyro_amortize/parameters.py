@@ -84,8 +84,10 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
 
     hook = register_module_forward_pre_hook(watch)
     try:
-        for model in map(pyro.poutine.unwrap, models):
-            for module in model.modules() if isinstance(model, nn.Module) else ():
+        for model in models:
+            inner = pyro.poutine.unwrap(model) if callable(model) else model
+            owner = getattr(inner, "__self__", inner)  # of a method
+            for module in owner.modules() if isinstance(owner, nn.Module) else ():
                 record.keep_module(module)
         yield record
     finally:

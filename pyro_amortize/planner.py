@@ -72,7 +72,13 @@ def plan_beside(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
     drawn = [name for name, site in guided.iter_stochastic_nodes() if not site_is_subsample(site)]
     names = {facts.site_of(name).name for name in drawn if facts.has(name)}
     sampled = frozenset(s.name for s in facts.latents if s.discrete and s.plates and s.name in names)
-    return build_plan(facts, apart=sampled, encoder=dict.fromkeys([*sampled, *facts.plates], OWN_DATA))
+    try:
+        return build_plan(facts, apart=sampled, encoder=dict.fromkeys([*sampled, *facts.plates], OWN_DATA))
+    except ValueError:  # one row, or equal ones, do not show what informs a latent; the guide knows
+        own = getattr(guide, "plan", None)
+        if own is None:
+            raise
+        return replace(own, plates={name: plate.full_size for name, plate in facts.plates.items()})
 
 
 def build_plan(

@@ -33,6 +33,7 @@ def gaps(per_datum: pd.DataFrame, k_threshold: float, unseen: pd.DataFrame | Non
         A Figure.
     """
     figure, (left, middle, right) = _subplots(1, 3, figsize=(12, 3.6))
+    per_datum, unseen = (f if f is None else f.replace([np.inf, -np.inf], np.nan) for f in (per_datum, unseen))
     shown = {name: label for name, label in GAPS.items() if per_datum[name].notna().any()}
     shown = shown or {"inference_gap": "inference gap"}
     frames = [per_datum] if unseen is None else [per_datum, unseen]

@@ -203,7 +203,7 @@ def held_globals(
     unknown = sorted(name for name in given or {} if plan.turn_of(name)[0] not in names)
     if unknown:
         raise ValueError(f"given: '{unknown[0]}' is no global latent of the model. Known: {sorted(names)}.")
-    values = dict(given or {})
+    values = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
     missing = names - {plan.turn_of(name)[0] for name in values}
     if missing:
         medians = _medians(guide, args, kwargs)
@@ -240,9 +240,18 @@ def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_dr
                 return dict(guide.median(*args, **kwargs))
         pyro.set_rng_seed(0)
         draws = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
-    names = [name for name, _ in draws[0].iter_stochastic_nodes()]
-    stacked = {name: torch.stack([draw.nodes[name]["value"] for draw in draws]) for name in names}
-    return {name: value.median(0).values for name, value in stacked.items() if value.is_floating_point()}
+    sites = dict(draws[0].iter_stochastic_nodes())
+    stacked = {name: torch.stack([draw.nodes[name]["value"] for draw in draws]) for name in sites}
+    return {name: _median(sites[name]["fn"], value) for name, value in stacked.items() if value.is_floating_point()}
+
+
+def _median(fn: Any, draws: Tensor) -> Tensor:
+    """Returns the median of each element, of simplexes and the like that in unconstrained space."""
+    median = draws.median(0).values
+    if bool(fn.support.check(median).all()):
+        return median
+    transform = torch.distributions.biject_to(fn.support)
+    return transform(transform.inv(draws).median(0).values)
 
 
 def _start(

@@ -207,6 +207,7 @@ def test_gradients_are_those_of_a_guide_by_hand(label_first):
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")
+@pytest.mark.slow
 def test_labels_of_some_rows_teach_the_encoder_of_the_others():
     pyro.set_rng_seed(1)
     y = nn.functional.one_hot(torch.arange(120) % 3, 3).double()

@@ -473,3 +473,67 @@ def test_a_guide_on_another_support_is_not_split():
     report = amortization_gap(rates, guide, torch.arange(6.0), progress=False)
     assert "site 'rate' of the guide has another support" in report.warnings[0]
     assert report.per_datum["inference_gap"].notna().all()
+
+
+def test_latents_under_a_mask_have_no_gap_of_their_own():
+    """Where a mask covers a whole datum, nothing is lost; elsewhere numbers are those of the unmasked model."""
+    mask = torch.arange(12) % 3 != 0
+
+    def masked(x, mask):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                w = pyro.sample("w", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+    guide = AutoAmortizedNormal(masked)
+    fit_svi(masked, guide, DATA[:12], mask, num_steps=500, lr=0.02, seed=0, progress=False)
+    frame = amortization_gap(masked, guide, DATA[:12], mask, progress=False).per_datum
+    exact = torch.where(mask, dist.Normal(0.0, math.sqrt(3)).log_prob(DATA[:12]), 0.0).double().numpy()
+    error = (frame["log_evidence"] - exact).abs()
+    assert (error <= 4 * frame["log_evidence_se"] + 1e-5).all()
+    assert frame["inference_gap"][~mask.numpy()].abs().max() < 1e-5
+
+
+def test_scaled_latents_have_no_evidence():
+    def scaled(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=3.0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=3.0):
+            pyro.sample("z", dist.Normal(x / 2 + 0.2, math.sqrt(0.5)))
+
+    report = amortization_gap(scaled, guide, DATA, progress=False)
+    assert any("poutine.scale" in text for text in report.warnings)
+    assert report.per_datum["log_evidence"].isna().all()
+    total, se = report.totals.loc["amortization_gap"]
+    assert total == pytest.approx(40 * 3 * 0.2**2, abs=4 * se + 0.01)
+    report.plot()
+
+
+def test_one_row_and_unseen_ones():
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, DATA, num_steps=300, seed=0, progress=False)
+    report = amortization_gap(model, guide, DATA[:1], num_draws=200, num_steps=100, progress=False)
+    assert len(report.per_datum) == 1
+    report.plot()
+    both = amortization_gap(model, guide, DATA, unseen=DATA[:1] + 3, num_draws=200, num_steps=100, progress=False)
+    assert not any("nan" in text for text in both.advice)
+
+
+def test_a_density_that_overflows_is_told():
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.where(x > 100, x, (x + 1).log()), 0.3))
+
+    report = amortization_gap(counts, guide, torch.tensor([0.0, 2.0, 200.0]), progress=False)
+    assert any("ELBO is not finite on 1 of 3 data ([2])" in text for text in report.warnings)
+    assert report.optimum.guide.posterior(torch.tensor([0.0, 2.0, 200.0])).mean["z"][2] == pytest.approx(5.27, abs=0.05)
+    report.plot()

@@ -210,6 +210,7 @@ def misses(guide, *args):
     return float((off[:, None] @ precision @ off[..., None]).mean()) / 2, ratio
 
 
+@pytest.mark.slow
 def test_trained_on_20_steps_right_on_7_and_on_50():
     guide = trained(state_space, None, draw_series(240, 20, 0), num_steps=400, lr=0.015, batch_size=80)
     for steps in (20, 7, 50):
@@ -219,6 +220,7 @@ def test_trained_on_20_steps_right_on_7_and_on_50():
         assert float((ratio - 1).abs().max()) < 0.25
 
 
+@pytest.mark.slow
 def test_missing_data_inside_a_series():
     """The smoother fills the holes from both sides; after the last datum the prior takes over."""
     x = draw_series(300, 10, 0)

@@ -736,10 +736,14 @@ def test_without_data_a_block_is_drawn_from_the_models_conditional():
 class Counted(nn.Module):
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.seen = []  # in place: whatever a module has is put back where the guide only looks
+
+    @property
+    def calls(self):
+        return len(self.seen)
 
     def forward(self, z):
-        self.calls += 1
+        self.seen.append(z.shape)
         return z
 
 

@@ -242,7 +242,7 @@ class TestOptimum:
     def test_starts_from_the_encoder_s_answer(self):
         x = torch.randn(20, 2)
         guide = AutoAmortizedNormal(self.model)
-        fit_svi(self.model, guide, x, num_steps=100, lr=0.05, progress=False)
+        fit_svi(self.model, guide, x, num_steps=1000, lr=0.02, progress=False)  # it is then better than the prior
         fit = fit_optimum(self.model, guide, x, num_steps=1, lr=1e-9, progress=False)
         start, answer = fit.guide.posterior(x), guide.posterior(x)
         for name in ("z", "rate"):
