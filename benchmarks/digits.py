@@ -43,7 +43,7 @@ DRAWS = 500
 SIZES = {
     "steps": (4000, 200, "steps of training"),
     "data": (1000, 40, "unseen digits to judge on, at most 1000"),
-    "annealed": (100, 2, "digits whose evidence is annealed, at most"),
+    "annealed": (20, 2, "digits whose evidence is annealed, at most"),
     "peer-steps": (1000, 50, "steps of SVI with AutoNormal"),
     "longer": (200, 10, "digits that are searched five times as long"),
     "checked": (20, 4, "digits whose evidence is annealed for longer"),

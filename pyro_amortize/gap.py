@@ -127,7 +127,7 @@ def amortization_gap(
     given: Mapping[str, Tensor] | int | None = None,
     unseen: Any = None,
     num_draws: int = 1000,
-    num_annealed: int = 30,
+    num_annealed: int = 20,
     num_steps: int = 300,
     lr: float = 0.1,
     num_particles: int | None = None,

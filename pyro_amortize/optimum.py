@@ -30,7 +30,7 @@ from pyro_amortize.reference import held_globals, local_sites, site_answers, wri
 TOLERANCE = 0.01
 """Nats a datum: what is gained between two looks below which the search of a datum stops."""
 LOOKS = 10
-FIXED_DRAWS = 32
+FIXED_DRAWS = 16
 
 
 @dataclass(frozen=True)
