@@ -21,18 +21,16 @@ def advise(
     lacking: Mapping[str, str],
     correlated: float | None,
     generalization: pd.DataFrame | None,
-    unit: str = "nats a datum",
 ) -> list[str]:
     """Says what to do about each gap that matters, the largest first; nothing where all is well.
 
     Args:
-        per_row: A row a quantity, with columns ``total`` and ``total_se``.
+        per_row: A row a quantity, with columns ``total`` and ``total_se`` in nats a datum.
         blocks: The same of the amortization gap of each block.
         verdict: Whether the encoders that there are can close the gap.
         lacking: What the encoder of a block does not see.
         correlated: Nats a datum of the approximation gap that are due to correlations within a datum.
         generalization: As of :class:`~pyro_amortize.gap.GapReport`.
-        unit: What the numbers are in.
     """
     found: list[tuple[float, str]] = []
     whole = per_row.loc["inference_gap", "total"] if "inference_gap" in per_row.index else None
@@ -40,7 +38,7 @@ def advise(
     def add(gap: float, se: float, what: str, remedy: str, is_part: bool = True) -> None:
         if gap > NEGLIGIBLE and gap > ERRORS * se:  # False where one datum has no error
             share = f", {gap / whole:.0%} of the inference gap" if is_part and whole is not None and whole > 0 else ""
-            found.append((gap, f"{what} {gap:.3g} ± {se:.2g} {unit}{share}: {remedy}"))
+            found.append((gap, f"{what} {gap:.3g} ± {se:.2g} nats a datum{share}: {remedy}"))
 
     if "amortization_gap" in per_row.index:
         for name, (gap, se) in blocks.iterrows():

@@ -48,8 +48,7 @@ def conditioning_gap(
     """Measures what a generated guide loses by inputs that leave data out, or by a window that is too narrow.
 
     Two new guides are trained alike on these data, one with the guide's options and one whose encoders see what is
-    lacking; the guide itself is not compared, since
-    how long it was trained would count.
+    lacking; the guide itself is not compared, since how long it was trained would count.
 
     Args:
         model: The model, globals conditioned.

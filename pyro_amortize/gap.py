@@ -358,7 +358,6 @@ class _Measure:
             {} if lacking is None else lacking.lacking,
             found[0].correlated,
             between,
-            "nats a datum" if per_datum is not None else "nats in all",
         )
         return GapReport(
             per_datum=per_datum,
@@ -374,7 +373,7 @@ class _Measure:
         )
 
     def _num_elements(self) -> int:
-        """How many elements totals are of: those of the outermost plate of the first block."""
+        """How many data totals are of: the elements of the outermost plate of the first block."""
         block = next(block for block in self.plan.blocks if block.amortized)
         return max(1, self.plan.plates.get(block.plates[0], 1)) if block.plates else 1
 

@@ -285,6 +285,7 @@ def schools(y):
             pyro.sample("y", normal(z), obs=y)
 
 
+@pytest.mark.slow
 def test_a_discrete_site_in_an_outer_plate():
     y = torch.randn(5, 3)
     guide = stirred(initialized(schools, y, encoder={"c": MLP()}))

@@ -118,8 +118,8 @@ def test_rows_that_are_masked_or_subsampled(way):
 
     chosen = masked if way == "mask" else subsampled
     guide = AutoAmortizedNormal(chosen)
-    fit_svi(chosen, guide, DATA, num_steps=800, lr=0.02, seed=0, progress=False)
-    report = amortization_gap(chosen, guide, DATA, num_steps=400, progress=False)
+    fit_svi(chosen, guide, DATA, num_steps=300, lr=0.02, seed=0, progress=False)
+    report = amortization_gap(chosen, guide, DATA, progress=False)
     exact = dist.Normal(0.0, math.sqrt(2)).log_prob(DATA)
     exact = (torch.where(mask, exact, 0.0) if way == "mask" else exact).double().numpy()
     error = report.per_datum["log_evidence"].to_numpy() - exact
@@ -145,7 +145,7 @@ def test_coupled_rows_have_totals_only():
 
 def test_a_search_that_did_not_converge_is_flagged():
     guide = AutoAmortizedNormal(model, encoder=Table())
-    fit_svi(model, guide, DATA, num_steps=2000, seed=0, progress=False)
+    fit_svi(model, guide, DATA, num_steps=700, lr=0.02, seed=0, progress=False)
     report = amortization_gap(model, guide, DATA, num_steps=3, lr=2.0, progress=False)
     assert any("did not converge" in text and "num_steps=6" in text for text in report.warnings)
 
@@ -266,7 +266,7 @@ def test_subsampling_changes_nothing():
 
 def test_globals_at_several_draws_have_a_spread():
     guide = AutoAmortizedNormal(model)
-    fit_svi(model, guide, DATA, num_steps=800, seed=0, progress=False)
+    fit_svi(model, guide, DATA, num_steps=300, lr=0.02, seed=0, progress=False)
     report = amortization_gap(model, guide, DATA, given=5, num_draws=300, progress=False)
     assert report.given["theta"].shape == (5,)
     assert report.given["theta"].unique().numel() == 5
@@ -316,7 +316,7 @@ def test_neighbours_that_an_encoder_does_not_see_are_the_conditioning_gap():
     for n in range(1, 101):
         x[n] = torch.randn(()) + 0.75 * (3.0 + x[n - 1] + torch.randn(()))
     narrow = AutoAmortizedNormal(saw, encoder=MLP(()), inputs="x")
-    fit_svi(saw, narrow, x[1:], x[:-1], num_steps=800, seed=0, progress=False)
+    fit_svi(saw, narrow, x[1:], x[:-1], num_steps=600, lr=0.02, seed=0, progress=False)
     report = amortization_gap(saw, narrow, x[1:], x[:-1], progress=False)
     # q* has mean (before + 0.75 (x - 2.25)) / 1.5625 and the encoder the best line in x: the gap is what that leaves.
     best = (x[:-1] + 0.75 * (x[1:] - 2.25)) / 1.5625
@@ -329,7 +329,7 @@ def test_neighbours_that_an_encoder_does_not_see_are_the_conditioning_gap():
     assert report.per_datum["conditioning_gap_se"].notna().all()
     assert any("does not see 'before'" in text and "trained alike" in text for text in report.advice)
     wide = AutoAmortizedNormal(saw, encoder=MLP(()))
-    fit_svi(saw, wide, x[1:], x[:-1], num_steps=2000, seed=0, progress=False)
+    fit_svi(saw, wide, x[1:], x[:-1], num_steps=1000, lr=0.02, seed=0, progress=False)
     whole = amortization_gap(saw, wide, x[1:], x[:-1], progress=False)
     assert "conditioning_gap" not in whole.totals.index
     assert whole.advice == ()

@@ -82,6 +82,7 @@ def saw_elbo(x, posterior):
     return float(-0.5 * misfit.sum() + s.log().sum() + st.log())
 
 
+@pytest.mark.slow
 def test_saw_series():
     """Known: F-VI 553.0139, linear in x_n 892.634, linear in (x_{n-1}, x_n) 553.0139, const 2933.567."""
     x = saw_data(1000)
@@ -241,6 +242,7 @@ def test_missing_data_inside_a_series():
     )
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_linear_window_is_that_of_the_best_one():
     x = draw_series(300, 6, 0)
     precision, mean = smoother(x)
@@ -263,6 +265,7 @@ def test_the_gap_of_a_linear_window_is_that_of_the_best_one():
     assert plan_amortization(state_space, x).verdict.closable is False
 
 
+@pytest.mark.slow
 def test_gap_report_and_mean_field_of_series():
     x = draw_series(20, 5, 0)
     precision, mean = smoother(x)

@@ -110,6 +110,7 @@ class TestOptima:
         sd = exact.precision.diagonal()[1:].rsqrt()
         torch.testing.assert_close(found.stddev["z"][:, 0], sd, atol=0.03, rtol=0)
 
+    @pytest.mark.slow
     def test_latents_at_two_levels(self):
         """The inner latents' optimum needs the data of the whole group: alone, its own row would not do."""
         y = data()
@@ -502,6 +503,7 @@ def words(y, word):
         pyro.sample("y", dist.Normal(a[..., word.clamp(min=0)], 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_padded_places_point_to_no_word():
     y, word = torch.randn(6, 3), torch.randint(-1, 7, (6, 3))
     guide = AutoAmortizedNormal(words)
