@@ -54,10 +54,9 @@ class Evidence:
         """Whether k-hat is too high, and nothing was done about it, shape (rows,)."""
         return (self.k_hat > self.limit) & ~torch.tensor([by == CORRECTED for by in self.by])
 
-    def with_rows(self, rows: Tensor, other: Evidence) -> Evidence:
-        """Puts the estimates of some rows in the place of these, where their k-hat is nearer to its limit."""
-        better = other.k_hat - other.limit < (self.k_hat - self.limit)[rows]
-        rows, new = rows[better], better.nonzero().flatten()
+    def with_rows(self, rows: Tensor, other: Evidence, where: Tensor) -> Evidence:
+        """Puts another estimate of some rows in the place of these, where a mask of them says so."""
+        rows, new = rows[where], where.nonzero().flatten()
         mine = torch.ones(len(self.value)).index_fill(0, rows, 0.0)
         influences = {stream: influence * mine for stream, influence in self.influences.items()}
         for stream, influence in other.influences.items():
@@ -136,16 +135,18 @@ def improved_evidence(
     """
     thin = (found.k_hat > GOOD_ENOUGH).nonzero().flatten()
     if len(thin) and joint.loc.shape[1] <= MOST_DIMS:
-        found = found.with_rows(thin, _by_mixture(joint, optimum, thin, num_draws))
+        mixture = _by_mixture(joint, optimum, thin, num_draws)
+        found = found.with_rows(thin, mixture, mixture.k_hat < found.k_hat[thin])
         thin = found.is_doubtful.nonzero().flatten()
     order = thin[torch.randperm(len(thin))]
     chosen, others = order[:num_annealed], order[num_annealed:]
     if not len(chosen):
         return found
     annealed = _by_annealing(joint, optimum, chosen, progress)
-    if len(others) and len(chosen) >= SMALLEST_SAMPLE:
-        found = found.corrected(others, annealed.value - found.value[chosen])
-    return found.with_rows(chosen, annealed)
+    reached = annealed.value.isfinite()
+    if len(others) and int(reached.sum()) >= SMALLEST_SAMPLE:
+        found = found.corrected(others, (annealed.value - found.value[chosen])[reached])
+    return found.with_rows(chosen, annealed, reached)
 
 
 def _by_annealing(joint: LocalJoint, optimum: Optimum, rows: Tensor, progress: bool) -> Evidence:

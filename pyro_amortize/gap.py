@@ -49,8 +49,9 @@ class GapReport:
         per_datum: A row a datum: ``elbo``, ``elbo_optimum``, ``log_evidence``, ``amortization_gap``,
             ``approximation_gap``, ``inference_gap``, each with its standard error in a column ``*_se``; where an
             encoder lacks part of the data that its latents depend on, ``conditioning_gap``, what an encoder of the
-            same kind gains by seeing them; ``khat`` of the importance weights behind the evidence, and which
-            ``estimator`` that is; ``converged``, False where the encoder beats q* by more than two standard errors or
+            same kind gains by seeing them; ``khat`` of the importance weights behind the evidence, and its
+            ``estimator``: "PSIS", "mixture", "AIS", or "PSIS+AIS" where it was corrected by what annealing added to a
+            sample of other data; ``converged``, False where the encoder beats q* by more than two standard errors or
             q* is short of its optimum. Where the globals are several draws, numbers are means over these, and columns
             ``*_spread`` standard deviations. None where rows do not factorize given the globals.
         totals: The same quantities over these data together, columns ``total`` and ``total_se``, and ``total_spread``.

@@ -1,11 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_amortize.arviz_bridge import ess, good_k, psis, r_hat
-from pyro_amortize.evidence import estimate_evidence, standard_error
+from pyro_amortize.evidence import Evidence, estimate_evidence, improved_evidence, standard_error
 
 
 def weights(narrow, draws=20_000, rows=12):
@@ -54,3 +55,26 @@ def test_r_hat_and_ess_tell_chains_that_agree():
     assert (r_hat(samples)["chain"] > 1.2).all()
     assert ess(samples)["net.weight"].shape == (2,)
     assert (ess(samples)["net.weight"] > 1000).all()
+
+
+def test_annealed_data_are_replaced_and_the_others_corrected_by_them(monkeypatch):
+    """Also where k-hat of the importance weights is nearer to its limit: it does not show that they are low."""
+    rows, low = 40, 0.5
+
+    def evidence(value, k_hat, limit, by, stream):
+        zeros = torch.zeros(rows if by == "PSIS" else len(value), dtype=torch.float64)
+        return Evidence(
+            value, {stream: torch.zeros(8, len(value)).double()}, zeros + k_hat, zeros + limit, [by] * len(value), zeros
+        )
+
+    exact = torch.linspace(-3.0, 3.0, rows, dtype=torch.float64)
+    monkeypatch.setattr(
+        "pyro_amortize.evidence._by_annealing",
+        lambda joint, optimum, chosen, progress: evidence(exact[chosen], 0.44, 0.446, "AIS", "AIS"),
+    )
+    joint = SimpleNamespace(loc=torch.zeros(rows, 30))
+    found = improved_evidence(evidence(exact - low, 0.3, 0.667, "PSIS", "common"), joint, None, 100, 15, False)
+    assert sorted(set(found.by)) == ["AIS", "PSIS+AIS"]
+    assert found.by.count("AIS") == 15
+    torch.testing.assert_close(found.value, exact)
+    assert found.correction == pytest.approx((low, 0.0), abs=1e-9)
