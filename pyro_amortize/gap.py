@@ -328,7 +328,7 @@ class _Measure:
         if isinstance(given, int):
             draws = drawn_globals(self.guide, self.args, self.kwargs, self.plan, given, self.seed)
             return draws if draws[0] else draws[:1]
-        return [held_globals(self.model, self.guide, self.args, self.kwargs, self.plan, given)]
+        return [held_globals(self.guide, self.args, self.kwargs, self.plan, given)]
 
     def lacking(self, held: dict[str, Tensor]) -> Conditioning | None:
         """Measures what the guide's encoders lose since they do not see all."""

@@ -97,7 +97,7 @@ def fit_optimum(
     kwargs = model_kwargs or {}
     plan = plan_beside(model, guide, args, kwargs)
     local_sites(plan)
-    held = held_globals(model, guide, args, kwargs, plan, given)
+    held = held_globals(guide, args, kwargs, plan, given)
     plate, _ = data_plate(plan, enumerated_sites(model, guide, args, kwargs)[0].values())
     conditioned, fixed = (poutine.condition(program, data=held) for program in (model, guide))
     options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)

@@ -187,7 +187,6 @@ def local_sites(plan: AmortizationPlan) -> tuple[str, ...]:
 
 
 def held_globals(
-    model: Model,
     guide: Model,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -255,12 +254,12 @@ def _median(fn: Any, draws: Tensor) -> Tensor:
 
 
 def _start(
-    optimum: AutoAmortized, guide: Model, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    tables: AutoAmortized, guide: Model, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Copies a guide's answer into the tables of the optimum, subsample by subsample if the plate subsamples itself."""
-    plan: AmortizationPlan = optimum.plan  # type: ignore[assignment]
+    """Copies a guide's answer into the tables of another, subsample by subsample if the plate subsamples itself."""
+    plan: AmortizationPlan = tables.plan  # type: ignore[assignment]
     own = {}
-    for name, site in site_answers(optimum, args, kwargs).items():
+    for name, site in site_answers(tables, args, kwargs).items():
         planned, turn = plan.turn_of(name)
         if planned in names and normal_underneath(site["fn"]) is not None:  # a forecast's is the model's own
             own[name] = site, plan.block_of(planned), planned, turn
@@ -270,26 +269,13 @@ def _start(
             with Subsample(plate.name, indices) if plate and indices is not None else nullcontext():
                 answer = site_answers(guide, args, kwargs)
             for name in (name for name in own if outer[name] == plate):
-                _copy(optimum, *own[name], answer[name], indices)
+                found = normal_underneath(answer[name]["fn"])[0]  # type: ignore[index]
+                write_rows(tables, *own[name], found.loc, found.scale, indices)
 
 
 def _outermost(site: Any, block: Any, turn: dict[str, int]) -> Plate | None:
     """Returns the outermost plate of a block around one of its sites, loops apart."""
     return next((plates_of([site])[plate] for plate in block.plates if plate not in turn), None)
-
-
-def _copy(
-    optimum: AutoAmortized, own: Any, block: Any, planned: str, turn: dict[str, int], site: Any, indices: Tensor | None
-) -> None:
-    """Copies a guide's answer for one site into the table of the optimum, for some elements of its outermost plate."""
-    found, name = normal_underneath(site["fn"]), own["name"]
-    if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
-        raise NotImplementedError(
-            f"fit_optimum: site '{name}' of the guide is a {type(site['fn']).__name__}; the optimum can be "
-            f"searched among normals on the site's own support only: Normal on the reals, LogNormal on the "
-            f"positives. ELBO, evidence and k-hat need no optimum: amortization_gap(model, guide, ...)."
-        )
-    write_rows(optimum, own, block, planned, turn, found[0].loc, found[0].scale, indices)
 
 
 def write_rows(
