@@ -2,6 +2,7 @@
 
 from pyro_amortize.compare import Comparison, compare_inference
 from pyro_amortize.decorator import amortize
+from pyro_amortize.elbos import CompiledTrace_ELBO, CompiledTraceMeanField_ELBO
 from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Table, Window
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
@@ -23,6 +24,8 @@ __all__ = [
     "AutoAmortizedNormal",
     "Block",
     "Comparison",
+    "CompiledTraceMeanField_ELBO",
+    "CompiledTrace_ELBO",
     "Constant",
     "DeepSets",
     "GapReport",

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger, _bound_partial
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Model = Callable[..., Any]
 
@@ -31,16 +32,16 @@ class Call:
         for name, value in self._bound.arguments.items():
             variadic = self._bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             for key, item in value.items() if variadic else [(name, value)]:
-                self.leaves.update(_leaves(key, item))
+                self.leaves.update(leaves_of(key, item))
 
     def replaced(self, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns positional and keyword arguments for the model, some leaves replaced."""
         arguments = {}
         for name, value in self._bound.arguments.items():
             if self._bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                arguments[name] = {key: _rebuilt(key, item, values) for key, item in value.items()}
+                arguments[name] = {key: rebuilt(key, item, values) for key, item in value.items()}
             else:
-                arguments[name] = _rebuilt(name, value, values)
+                arguments[name] = rebuilt(name, value, values)
         bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
         return bound.args, bound.kwargs
 
@@ -48,6 +49,11 @@ class Call:
     def tensors(self) -> dict[str, Tensor]:
         """The leaves that are tensors."""
         return {name: value for name, value in self.leaves.items() if isinstance(value, Tensor)}
+
+
+def is_recorded() -> bool:
+    """Tells whether a graph of this call is being recorded, so that no tensor's value may be looked at."""
+    return get_proxy_mode() is not None
 
 
 def signature_of(model: Model) -> inspect.Signature:
@@ -84,24 +90,26 @@ def opened(model: Model) -> tuple[Model, Callable[[Any], bool]]:
     return fn, lambda msg: any(block.hide_fn(msg) for block in blocks)
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields name and value of what an argument holds, dicts, lists and tuples opened."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(f"{name}[{key!r}]", item)
+            yield from leaves_of(f"{name}[{key!r}]", item)
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            yield from _leaves(f"{name}[{i}]", item)
+            yield from leaves_of(f"{name}[{i}]", item)
     else:
         yield name, value
 
 
-def _rebuilt(name: str, value: Any, values: dict[str, Any]) -> Any:
+def rebuilt(name: str, value: Any, values: dict[str, Any]) -> Any:
+    """Returns an argument with some of its leaves replaced."""
     if isinstance(value, dict):
-        items = {key: _rebuilt(f"{name}[{key!r}]", item, values) for key, item in value.items()}
+        items = {key: rebuilt(f"{name}[{key!r}]", item, values) for key, item in value.items()}
         copy = value.copy()
         copy.update(items)
         return copy
     if isinstance(value, (list, tuple)):
-        items_ = [_rebuilt(f"{name}[{i}]", item, values) for i, item in enumerate(value)]
+        items_ = [rebuilt(f"{name}[{i}]", item, values) for i, item in enumerate(value)]
         return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
     return values.get(name, value)

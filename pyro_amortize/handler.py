@@ -21,7 +21,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call, opened
+from pyro_amortize.calls import Call, is_recorded, opened
 from pyro_amortize.encoders import Rows
 from pyro_amortize.held import is_index
 from pyro_amortize.plan import AmortizationPlan, Block
@@ -131,7 +131,8 @@ class GuidedRun(Messenger):
         for name, leaf in self.call.leaves.items():
             if isinstance(leaf, Tensor):
                 rows = axes.get(name, ())
-                flag = leaf.item() if leaf.dim() == 0 and not leaf.is_floating_point() else None
+                is_flag = leaf.dim() == 0 and not leaf.is_floating_point() and not is_recorded()
+                flag = leaf.item() if is_flag else None
                 parts.append((name, leaf.dtype, flag, tuple(n for i, n in enumerate(leaf.shape) if i not in rows)))
             elif isinstance(leaf, (int, float, str, type(None))):
                 parts.append((name, type(leaf), leaf))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_amortize.calls import is_recorded
 from pyro_amortize.encoders import joined
 from pyro_amortize.levels import Level
 from pyro_amortize.structure import Source
@@ -54,8 +55,10 @@ class Inputs(nn.Module):
             Features of shape (..., features).
         """
         if self.prepare == "auto":
-            features = self._columns(rows, dtype)
-            return torch.nan_to_num((features - self.shift) / self.scale, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            features = (self._columns(rows, dtype) - self.shift) / self.scale
+            if not any(source.missing for source in self.sources):
+                return features
+            return torch.nan_to_num(features, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         plain = []
         for (value, present), source in zip(rows, self.sources, strict=True):
             flat = _flat(value, source).to(dtype)
@@ -103,7 +106,7 @@ class Inputs(nn.Module):
                 columns.append(torch.where(lacking, filler, flat))
             if source.missing:
                 columns.append(lacking.to(dtype))
-            elif bool(lacking.any()):
+            elif not is_recorded() and bool(lacking.any()):
                 raise ValueError(
                     f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
                     f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "

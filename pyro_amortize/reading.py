@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.calls import Call, Model
+from pyro_amortize.calls import Call, Model, is_recorded
 from pyro_amortize.held import HeldRun, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, presence
-from pyro_amortize.structure import Plate, Source, plates_of
+from pyro_amortize.structure import Link, Plate, Source, plates_of
 from pyro_amortize.supports import site_mask
 
 
@@ -297,20 +297,23 @@ class Reader:
                     f"{sizes[name]}. Pass data arguments of equal length."
                 )
         to = plates.get(link.to)
-        size = sizes.get(link.to, int(index.max()) + 1 if index.numel() else 0)
+        size = sizes[link.to] if link.to in sizes else int(index.max()) + 1 if index.numel() else 0
         limit = to.full_size if to else size
-        known = index if not isinstance(marks, Tensor) else index[index >= 0]
-        if known.numel() and not bool(((known >= 0) & (known < limit)).all()):
-            raise ValueError(
-                f"{self.kind}: argument '{link.argument}' points to element "
-                f"{int(known.max() if known.min() >= 0 else known.min())} of plate '{link.to}', which has {limit} "
-                f"elements in this call. Make the plate as large as its index says."
-            )
+        if not is_recorded():
+            self._refuse_outside(link, index if not isinstance(marks, Tensor) else index[index >= 0], limit)
         if to is not None and to.indices is not None and to.size < to.full_size:
             position = index.new_full((to.full_size,), -1)
             position[torch.as_tensor(to.indices)] = torch.arange(to.size)
             index = torch.where(index < 0, -1, position[index])
         return Move(len(axes), rows, axes.index(link.to), index, size, level.pooled, level.into)
+
+    def _refuse_outside(self, link: Link, index: Tensor, limit: int) -> None:
+        if index.numel() and not bool(((index >= 0) & (index < limit)).all()):
+            raise ValueError(
+                f"{self.kind}: argument '{link.argument}' points to element "
+                f"{int(index.max() if index.min() >= 0 else index.min())} of plate '{link.to}', which has {limit} "
+                f"elements in this call. Make the plate as large as its index says."
+            )
 
     def _function_rows(self, block: Block, plates: dict[str, Present]) -> Tensor:
         inputs = self.inputs
