@@ -7,6 +7,7 @@ Everything else is fixed as it was: Python numbers, branches taken, shapes.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from pyro_amortize.parameters import preserved
 
 ESCAPES = ("numpy", "__array__", "tolist")
+INDEXING = {getattr(torch.ops.aten, name).default for name in ("index_put", "index_put_", "_unsafe_index_put")}
+INDEXING |= {torch.ops.aten.index.Tensor}
 LITERAL = torch.ops.aten.lift_fresh_copy.default
 
 
@@ -94,6 +97,7 @@ def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
             raise Uncapturable(_first_line(error)) from error
         if before != _other_random_states():
             raise Uncapturable("it draws random numbers from Python or numpy, not from torch")
+    _number_masks(module)
     for node in module.graph.nodes:
         if _has_shape_of_values(node):
             raise Uncapturable(f"the shape of a tensor depends on values ({node.target})")
@@ -117,8 +121,15 @@ class _Refusing(TorchFunctionMode):
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
     if "value out of a tracing tensor" in text or "data-dependent" in text.lower():
-        return "it makes a Python number or a branch of a tensor's value (.item(), float(), if)"
-    return f"{type(error).__name__}: {text}"
+        text = "it makes a Python number or a branch of a tensor's value (.item(), float(), if)"
+    else:
+        text = f"{type(error).__name__}: {text}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of_a_library(frame.filename)]
+    return f"{text}, at line {frames[-1].lineno} of {frames[-1].filename}" if frames else text
+
+
+def _is_of_a_library(path: str) -> bool:
+    return path.startswith((*torch.__path__, *pyro.__path__, __file__, "<"))
 
 
 def _has_shape_of_values(node: fx.Node) -> bool:
@@ -126,9 +137,48 @@ def _has_shape_of_values(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target is torch.ops.aten.index.Tensor:
-        indices = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
-        return any(_dtype(index) in (torch.bool, torch.uint8) for index in indices)
+        return any(_is_mask(index) for index in node.args[1])  # type: ignore[union-attr]
     return torch.Tag.dynamic_output_shape in node.target.tags
+
+
+def _number_masks(module: fx.GraphModule) -> None:
+    """Replaces masks that index tensors by the places that they mark, where these are the same in every run."""
+    fixed: dict[fx.Node, Tensor | None] = {}
+    for node in list(module.graph.nodes):
+        if node.target not in INDEXING:
+            continue
+        indices: list[Any] = []
+        for index in node.args[1]:
+            value = _fixed_value(index, module, fixed) if _is_mask(index) else None
+            if value is None:
+                indices.append(index)
+                continue
+            for places in value.nonzero(as_tuple=True):
+                name = f"_places{len(module._buffers)}"
+                module.register_buffer(name, places)
+                with module.graph.inserting_before(node):
+                    indices.append(module.graph.get_attr(name))
+        node.update_arg(1, indices)
+
+
+def _fixed_value(node: Any, module: fx.GraphModule, known: dict[fx.Node, Tensor | None]) -> Any:
+    """Returns the value of a node that hangs on no input, no random number and nothing changed in place; else None."""
+    if not isinstance(node, fx.Node):
+        return node
+    if node not in known:
+        known[node] = None
+        function = node.target if isinstance(node.target, torch._ops.OpOverload) else None
+        if function and not function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in function.tags:
+            values = [_fixed_value(parent, module, known) for parent in node.all_input_nodes]
+            if all(value is not None for value in values):
+                found = dict(zip(node.all_input_nodes, values, strict=True))
+                args = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+                known[node] = function(*args[0], **args[1])
+    return known[node]
+
+
+def _is_mask(node: Any) -> bool:
+    return isinstance(node, fx.Node) and _dtype(node) in (torch.bool, torch.uint8)
 
 
 def _dtype(node: Any) -> torch.dtype | None:

@@ -28,7 +28,15 @@ from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import prior_median, typical
 from pyro_amortize.reading import Reader, Reading
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import dressed, is_enumerated, is_improper, unconstrained_shape, with_logits, without_masks
+from pyro_amortize.supports import (
+    PriorWithoutData,
+    dressed,
+    is_enumerated,
+    is_improper,
+    unconstrained_shape,
+    with_logits,
+    without_masks,
+)
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -281,7 +289,9 @@ class GuidedRun(Messenger):
             parameters = [values.detach() for values in parameters]
         self._parameters[block.name] = parameters
         chain = block.plates.index(block.chain) if block.chain else None
-        self._with_data[block.name] = reading.with_data(chain) if reading is not None else None
+        marks = reading.with_data(chain) if reading is not None else None
+        all_there = self.answering and marks is not None and bool(marks.all())
+        self._with_data[block.name] = None if all_there else marks
         return parameters
 
     def _find_given(self) -> None:
@@ -391,7 +401,7 @@ class GuidedRun(Messenger):
         q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
         if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
             return q
-        return dist.MaskedMixture(marks, prior.expand(q.batch_shape), q)
+        return PriorWithoutData(marks, prior.expand(q.batch_shape), q)
 
 
 class Replicate(Messenger):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model, is_recorded
+from pyro_amortize.capture import Uncapturable
 from pyro_amortize.held import HeldRun, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
@@ -43,13 +44,13 @@ class Reading:
         return [marks if isinstance(marks, Tensor) else None for marks in self.marks]
 
     def with_data(self, chain: int | None = None) -> Tensor | None:
-        """Returns which elements of the block have data, shape of its plates; None if all have.
+        """Returns which elements of the block have data, shape of its plates; None if all must have.
 
         Args:
             chain: Position of a plate along which all count that stand before an element with data.
         """
         marks = self.marks[-1]
-        if not isinstance(marks, Tensor) or bool(marks.all()):
+        if not isinstance(marks, Tensor):
             return None
         marks = marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
         return marks if chain is None else marks.flip(chain).cummax(chain).values.flip(chain)
@@ -109,6 +110,8 @@ class Reader:
         Returns:
             The sample sites.
         """
+        if is_recorded():
+            raise Uncapturable("data or masks reach the guide through no argument of the model: pass them as arguments")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         held = HeldRun(self.model, self.call, self.plan.families, self.plan.loops)
         with preserved(self.model, evaluating=True):

@@ -10,7 +10,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, kl_divergence, register_kl
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
 
 
@@ -67,6 +67,15 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
         return dist.TransformedDistribution(q, [transform]).to_event(prior.event_dim)
     q = dist.TransformedDistribution(q.to_event(transform.domain.event_dim), [transform])
     return q.to_event(prior.event_dim - transform.codomain.event_dim)
+
+
+class PriorWithoutData(dist.MaskedMixture):
+    """A guide's distribution at elements that have data, and at others the prior, from which it does not diverge."""
+
+
+@register_kl(PriorWithoutData, torch.distributions.Distribution)  # type: ignore[untyped-decorator]
+def _kl_prior_without_data(q: PriorWithoutData, prior: Any) -> Tensor:
+    return torch.where(q.mask, kl_divergence(q.component1, prior), 0.0)
 
 
 def without_masks(fn: Any) -> Any:
