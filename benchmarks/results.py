@@ -14,10 +14,13 @@ import re
 import statistics
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyro_amortize
 
@@ -77,6 +80,21 @@ def _answer(sender, threads, function, *args):
         before = peak_memory()
         found = function(*args)
         sender.send((found, peak_memory() - before))
+
+
+@contextmanager
+def clock_of_steps(num_steps):
+    """Yields a list that afterwards holds when each step of a fit ended; one may be that of several optimizers."""
+    times, found = [], []
+    hook = register_optimizer_step_post_hook(lambda *_: found.append(time.perf_counter()))
+    try:
+        yield times
+    finally:
+        hook.remove()
+    each, rest = divmod(len(found), num_steps)
+    if each == 0 or rest:
+        raise RuntimeError(f"{len(found)} steps of torch's optimizers were seen in {num_steps} steps of a fit.")
+    times += found[each - 1 :: each]
 
 
 def peak_memory():
