@@ -37,12 +37,14 @@ class Graph:
         module: The operations; takes inputs and constants, returns a tuple of tensors.
         constants: Tensors that the program found elsewhere, buffers and closures; read and changed in place.
         num_operations: How many operations there are.
+        num_values: How many numbers they compute.
     """
 
     def __init__(self, module: fx.GraphModule, constants: list[Tensor]) -> None:
         self.module = module
         self.constants = constants
         self.num_operations = sum(node.op == "call_function" for node in module.graph.nodes)
+        self.num_values = sum(_numel(node) for node in module.graph.nodes if node.op == "call_function")
         self._run: Callable[..., Sequence[Tensor]] = module
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -179,6 +181,11 @@ def _fixed_value(node: Any, module: fx.GraphModule, known: dict[fx.Node, Tensor 
 
 def _is_mask(node: Any) -> bool:
     return isinstance(node, fx.Node) and _dtype(node) in (torch.bool, torch.uint8)
+
+
+def _numel(node: fx.Node) -> int:
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return 0 if shape is None else shape.numel()
 
 
 def _dtype(node: Any) -> torch.dtype | None:

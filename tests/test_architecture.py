@@ -22,6 +22,7 @@ ORDER = [
     {"planner", "handler"},
     {"guides"},
     {"densities", "minibatch", "pointwise"},
+    {"steps"},
     {"fit", "local_joint"},
     {"reference", "mcmc"},
     {"optimum"},
