@@ -75,11 +75,18 @@ def alone(function, *args, threads=None):
 
 def _answer(sender, threads, function, *args):
     use_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with nothing_compiled():
         before = peak_memory()
         found = function(*args)
         sender.send((found, peak_memory() - before))
+
+
+@contextmanager
+def nothing_compiled():
+    """Keeps what earlier runs compiled out of sight."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
 
 
 @contextmanager
