@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_amortize.parameters import preserved
 
+OFTEN = 10
+"""At which call with the same shapes a function is recorded."""
 ESCAPES = ("numpy", "__array__", "tolist")
 INDEXING = {getattr(torch.ops.aten, name).default for name in ("index_put", "index_put_", "_unsafe_index_put")}
 INDEXING |= {torch.ops.aten.index.Tensor}
@@ -74,6 +76,56 @@ class Graph:
         except Exception as error:
             raise Uncapturable(f"the compiler failed: {_first_line(error)}") from error
         return graph
+
+
+class Recorded:
+    """A function that is recorded once it has been called often with tensors of the same shapes.
+
+    Args:
+        function: Of values, shape (draws, rows, dim), and of another tensor; returns shape (draws, rows), each entry
+            from the values at its place alone. It is differentiable by the values.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+        self.calls: dict[Any, int] = {}
+        self.graphs: dict[Any, Graph | None] = {}
+
+    def __call__(self, values: Tensor, other: Tensor) -> Tensor:
+        """Calls the function, or its graph."""
+        key = values.shape, values.dtype, other.shape, values.requires_grad and torch.is_grad_enabled()
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] == OFTEN:
+            self.graphs[key] = self._graph(values.detach().requires_grad_(key[-1]), other.detach())
+        graph = self.graphs.get(key)
+        if graph is None:
+            return self.function(values, other)
+        return _RowByRow.apply(values, other, graph) if key[-1] else graph([values, other])[0]  # type: ignore[no-any-return]
+
+    def _graph(self, values: Tensor, other: Tensor) -> Graph | None:
+        def run() -> list[Tensor]:
+            value = self.function(values, other)
+            return [value.detach(), *(torch.autograd.grad(value.sum(), [values]) if values.requires_grad else ())]
+
+        try:
+            return record(run, [values, other])
+        except Uncapturable:
+            return None
+
+
+class _RowByRow(torch.autograd.Function):
+    """A graph that returns values and their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, other: Tensor, graph: Graph) -> Tensor:  # type: ignore[override]
+        value, gradient = graph([values, other])
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return upstream[..., None] * gradient, None, None
 
 
 def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
