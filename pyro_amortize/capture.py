@@ -7,6 +7,7 @@ Everything else is fixed as it was: Python numbers, branches taken, shapes.
 
 from __future__ import annotations
 
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -155,6 +156,7 @@ def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
     for node in module.graph.nodes:
         if _has_shape_of_values(node):
             raise Uncapturable(f"the shape of a tensor depends on values ({node.target})")
+    _own_outputs(module)
     return Graph(module, _lifted(module))
 
 
@@ -229,6 +231,32 @@ def _fixed_value(node: Any, module: fx.GraphModule, known: dict[fx.Node, Tensor 
                 args = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
                 known[node] = function(*args[0], **args[1])
     return known[node]
+
+
+def _own_outputs(module: fx.GraphModule) -> None:
+    """Makes every output a tensor of its own, to be changed in place: no input, constant, other output, or a view."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    bases: set[fx.Node] = set()
+    owned = []
+    for node in output.args[0]:
+        base = node
+        while base.op == "call_function" and _is_view(base.target):
+            base = base.args[0]
+        meta = node.meta.get("tensor_meta")
+        if base.op != "call_function" or base in bases or (meta is not None and 0 in meta.stride):
+            with module.graph.inserting_before(output):
+                node = module.graph.call_function(
+                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+        bases.add(base)
+        owned.append(node)
+    output.args = (tuple(owned),)
+
+
+def _is_view(function: Any) -> bool:
+    if isinstance(function, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in function._schema.returns)
+    return function is operator.getitem
 
 
 def _is_mask(node: Any) -> bool:

@@ -59,6 +59,23 @@ class TestRecord:
         graph([x])
         assert torch.allclose(norm.running_mean, 0.1 * x.mean(0))
 
+    def test_outputs_may_be_changed_in_place(self):
+        x, w = torch.randn(4), torch.randn(4, requires_grad=True)
+        both = torch.randn(4, requires_grad=True)
+
+        def run():
+            value = (x * w).sum() + (w + both).sum()
+            return [x, x[:2], w.detach() + 1, *torch.autograd.grad(value, [w, both]), both.detach().expand(2, 4)]
+
+        before, graph = x.clone(), record(run, [x, w])
+        outputs = graph([x, w])
+        expected = [output.clone() for output in outputs]
+        for place, output in enumerate(outputs):
+            output.add_(1.0)
+            for other in range(place + 1, len(outputs)):
+                assert torch.equal(outputs[other], expected[other])
+        assert torch.equal(x, before)
+
     def test_masks_that_are_the_same_in_every_run(self):
         x = torch.randn(3, 3)
 
