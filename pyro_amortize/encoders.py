@@ -375,6 +375,21 @@ class Heads(nn.Module):
         rows = on_rows(self.trunk, features)
         return [head(rows) for head in self.heads]
 
+    @property
+    def widest_before(self) -> int:
+        """Width of the widest layer that data pass on their way to an element."""
+        return max(widest(self.phis), widest(self.reader))
+
+
+def in_pieces(coder: Heads, features: Tensor, limit: int) -> list[Tensor]:
+    """Returns what a coder makes of features, shape (..., rows, features), so many activations of a layer at a time."""
+    rows = features.flatten(0, -2)
+    count = max(1, limit // max(widest(coder.trunk), widest(coder.heads)))
+    if len(rows) <= count:
+        return coder(features)  # type: ignore[no-any-return]
+    parts = zip(*(coder(part) for part in rows.split(count)), strict=True)
+    return [torch.cat(part).unflatten(0, features.shape[:-1]) for part in parts]
+
 
 def gathered(
     phis: nn.ModuleDict,
