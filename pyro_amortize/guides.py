@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -586,7 +587,8 @@ class AutoAmortized(AutoGuide):
         self._refuse_uninitialized(what)
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
             run = GuidedRun(self, args, kwargs, {}, answering=True)
-            run.sample()
+            with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
+                run.sample()
         return run
 
     def _refuse_uninitialized(self, what: str) -> None:

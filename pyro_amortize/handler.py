@@ -410,7 +410,7 @@ class GuidedRun(Messenger):
             )
         sizes, present = self._sizes[block.name], [plate.size for plate in plates]
         values = _of_turn(parameters[which], block.plates, sizes, turn)
-        marks, with_data = None, self._with_data[block.name]
+        marks, with_data = None, self._with_data.get(block.name)
         if with_data is not None:
             marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
             marks = _placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
@@ -425,7 +425,8 @@ class GuidedRun(Messenger):
             q = dressed(msg, without_masks(prior), q)
         else:
             q = dressed(msg, prior, q)
-        q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        batch_shape = torch.broadcast_shapes(q.batch_shape, prior.batch_shape)
+        q = q if q.batch_shape == batch_shape else q.expand(batch_shape)
         if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
             return q
         return dist.MaskedMixture(marks, prior.expand(q.batch_shape), q)

@@ -141,7 +141,10 @@ def is_discrete(fn: Any) -> bool:
 def typical(fn: Any) -> Tensor:
     """Returns the median of each element of a distribution of the guide's; of a discrete one the mode."""
     if not is_discrete(fn):
-        return _quantiles(fn, [0.5])[0]
+        if isinstance(fn, dist.MaskedMixture):
+            return _quantiles(fn, [0.5])[0]
+        normal, transforms = normal_underneath(fn)  # type: ignore[misc]
+        return _mapped(normal.loc, transforms)
     base = undressed(fn)
     if isinstance(base, torch.distributions.Bernoulli):
         value = (base.logits > 0).to(base.logits.dtype)
