@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -217,7 +218,7 @@ class AutoAmortized(AutoGuide):
         """Returns the posterior median of every latent for these data, shape of its site.
 
         Sites that are left to the model are at their prior's median, given those of the latents above them. Sites that
-        are summed out have none.
+        are summed out have none. Takes any number of rows, as :meth:`posterior` does.
         """
         return self._answer("median", args, kwargs).values
 
@@ -230,7 +231,9 @@ class AutoAmortized(AutoGuide):
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """Returns q given these data, globals included: any number of rows, seen in training or not.
 
-        Runs in eval mode, without gradients, and leaves the model before its decoder. Where a site's support depends
+        Runs in eval mode, without gradients, and leaves the model before its decoder. Data are prepared and encoded
+        some rows at a time, so that beside data and answer, memory does not grow with their number; a reader of series
+        and links between plates see all of theirs at once, though. Where a site's support depends
         on another latent, it is taken at that latent's median; so is the prior of elements without data, whose draws
         are joint with those of the latents above them in :meth:`predictive` only. Draws of it hold the sites that are
         summed out too, given the other draws and the data.
@@ -584,7 +587,8 @@ class AutoAmortized(AutoGuide):
         self._refuse_uninitialized(what)
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
             run = GuidedRun(self, args, kwargs, {}, answering=True)
-            run.sample()
+            with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
+                run.sample()
         return run
 
     def _refuse_uninitialized(self, what: str) -> None:
