@@ -11,7 +11,7 @@ PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
     {"annealing", "arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
-    {"loops", "encoders", "levels", "enumeration", "posterior"},
+    {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior"},
     {"held"},
     {"probes"},
     {"latents", "sources"},
