@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import enumerated_sites, log_densities, refuse_other_plates
+from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
+from pyro_amortize.excerpt import LARGE, random_rows
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
 from pyro_amortize.parameters import Preserved
 from pyro_amortize.steps import Optimizer, Options, Steps, decay, guide_parameters
 
 NUM_DRAWS = 200
+NUM_PARTS = 50
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class SVIFit:
     Attributes:
         guide: The guide.
         losses: Loss at each step, shape (num_steps,): minus the ELBO in nats, if the loss is one.
-        elbo: ELBO in nats on all data after training, from many draws.
-        elbo_se: Its standard error.
+        elbo: ELBO in nats on all data after training, from many draws. Where steps took minibatches of more than 10,000
+            rows, each draw is on other rows, 5,000 or more than a minibatch, rescaled to all.
+        elbo_se: Its standard error, which then includes that of the choice of rows.
         converged: Whether the loss had stopped falling: its slope over the second half of the steps, against the sum
             of learning rates, promises no fall by another such fit that is beyond three standard errors.
         num_steps: Number of steps.
@@ -93,7 +96,9 @@ def fit_svi(
         args: The model's positional arguments, all data.
         num_steps: Number of steps.
         batch_size: Rows a step; the model need not be changed for it. Used where it is exact, else a warning says why
-            not, and steps take all rows.
+            not, and steps take all rows. Each row is taken once an epoch; of more than 10,000 rows, each step takes a
+            random subset, and nothing then runs on all of them (``x`` may be memory-mapped), unless a table has a row
+            for each, the data are in a closure, or the model insists on their number.
         lr: Learning rate at the start.
         model_kwargs: The model's keyword arguments.
 
@@ -159,9 +164,8 @@ def train(
     with seeded(options.seed):
         if isinstance(guide, AutoAmortized) and guide.plan is None:
             guide.initialize(*args, **kwargs)
-        enumerated, nesting = enumerated_sites(model, guide, args, kwargs)
-        batches = _Batches(model, guide, args, kwargs, options, tuple(enumerated))
-        loss = options.loss or _default_loss(guide, options, bool(enumerated), nesting)
+        batches = _Batches(model, guide, args, kwargs, options)
+        loss = options.loss or _default_loss(guide, options, bool(batches.enumerated), batches.nesting)
         steps = Steps(model, guide, loss, options, held, train_model)
         losses = []
         bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
@@ -170,8 +174,8 @@ def train(
                 losses.append(steps.take(step, *batch))
             if step % max(1, options.num_steps // 100) == 0:
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
-        ratio = log_densities(model, guide, args, kwargs, num_draws=NUM_DRAWS, seed=options.seed or 0).log_ratio
-        num_parameters = sum(p.numel() for p in guide_parameters(guide, args, kwargs).values())
+        ratio = batches.log_ratio(options.seed or 0)
+        num_parameters = sum(p.numel() for p in batches.guide_parameters().values())
     trace = torch.tensor(losses)
     return SVIFit(
         guide=guide,
@@ -217,22 +221,27 @@ def _default_loss(guide: Model, options: Options, enumerated: bool, nesting: int
 
 
 class _Batches:
-    """The rows of each step: all of them, or the next ones of a random order."""
+    """The rows of each step: all of them, or the next ones of a random order, or of very many a random subset.
+
+    Attributes:
+        enumerated: The latents that are summed out.
+        nesting: How many dimensions the model's plates take.
+    """
 
     def __init__(
-        self,
-        model: Model,
-        guide: Model,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        options: Options,
-        enumerated: tuple[str, ...],
+        self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
     ) -> None:
-        self.guide, self.args, self.kwargs = guide, args, kwargs
-        self.size = options.batch_size
-        self.way = _minibatches(model, guide, args, kwargs, options, enumerated)
-        if self.way is not None:
-            refuse_other_plates(model, guide, args, kwargs, self.way.plate.name)
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.size = options.batch_size or 0
+        self.way = _minibatches(model, guide, args, kwargs, options, ())
+        self.length = self.way.plate.size if self.way is not None else 0
+        with self._few() as call:
+            enumerated, self.nesting = enumerated_sites(*call)
+            if self.way is not None:
+                refuse_other_plates(*call, self.way.plate.name)
+        self.enumerated = tuple(enumerated)
+        if self.way is not None and self.enumerated:
+            self.way = _minibatches(model, guide, args, kwargs, options, self.enumerated)
         self.order = torch.empty(0, dtype=torch.long)
 
     @contextmanager
@@ -241,9 +250,43 @@ class _Batches:
         if self.way is None:
             yield self.args, self.kwargs, nullcontext()
             return
-        if len(self.order) < self.size:  # type: ignore[operator]
-            self.order = torch.randperm(self.way.plate.size)
-        rows, self.order = self.order[: self.size], self.order[self.size :]
+        if self.length > max(LARGE, 4 * self.size):
+            rows = random_rows(self.length, self.size)
+        else:
+            if len(self.order) < self.size:
+                self.order = torch.randperm(self.length)
+            rows, self.order = self.order[: self.size], self.order[self.size :]
+        with self._on(rows) as batch:
+            yield batch
+
+    def log_ratio(self, seed: int) -> Tensor:
+        """Returns log p - log q of many draws: on all rows, or each on other ones, rescaled to all."""
+        if self.way is None or self.length <= LARGE:
+            whole = self.model, self.guide, self.args, self.kwargs
+            return log_densities(*whole, num_draws=NUM_DRAWS, seed=seed).log_ratio
+        with seeded(seed):
+            return log_ratios(self._few() for _ in range(NUM_PARTS))
+
+    def guide_parameters(self) -> dict[str, Tensor]:
+        """Returns the guide's own parameters."""
+        with self._few() as (_, guide, args, kwargs):
+            return guide_parameters(guide, args, kwargs)
+
+    @contextmanager
+    def _few(self) -> Iterator[tuple[Model, Model, tuple[Any, ...], dict[str, Any]]]:
+        """Yields model, guide and arguments on random rows if there are very many, else on all.
+
+        They are never as many as a step takes: a guide that keeps to the number that it saw first is to fail.
+        """
+        if self.way is None or self.length <= LARGE:
+            yield self.model, self.guide, self.args, self.kwargs
+            return
+        with self._on(random_rows(self.length, max(LARGE // 2, self.size + 1))) as (args, kwargs, handler):
+            yield handler(self.model), handler(self.guide), args, kwargs
+
+    @contextmanager
+    def _on(self, rows: Tensor) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        assert self.way is not None
         guide = self.guide if isinstance(self.guide, AutoAmortized) and not self.way.inject else None
         if guide is not None:
             guide.row_ids = {self.way.plate.name: rows}

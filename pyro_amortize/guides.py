@@ -59,8 +59,10 @@ from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.reading import Reading
-from pyro_amortize.structure import Family
+from pyro_amortize.structure import Family, Structure
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class AutoAmortized(AutoGuide):
@@ -179,6 +181,9 @@ class AutoAmortized(AutoGuide):
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Plans from these data, makes the parameters, and takes the statistics for preparing inputs.
 
+        Of more than 10,000 rows the model is run on some only, see :func:`~pyro_amortize.examination.examine`, and the
+        statistics are those of 10,000 random ones, unless a table has a row for each, or ``inputs=`` holds a function.
+
         Before training it may be called again, with data that represent the whole better; a guide that has been
         trained or loaded keeps what it has.
 
@@ -196,7 +201,8 @@ class AutoAmortized(AutoGuide):
         tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels, facts.families)
         plan = build_plan(facts, tables, apart, self.options["inputs"], self.options["encoder"])
         self._refuse_misplaced(plan)
-        run = GuidedRun(self, args, kwargs, {}, plan=plan)
+        beginning, sample = self._excerpts(facts, plan, args, kwargs)
+        run = GuidedRun(self, *sample, {}, plan=plan)
         examples = run.examples()
         cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)
         data = [*Call(self.model, args, kwargs).tensors.values(), *cells]
@@ -209,7 +215,7 @@ class AutoAmortized(AutoGuide):
                 block, preparations[part_key(block.name)] = self._prepared(block, examples[block.name], device)
             blocks.append(block)
         self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
-        trace = self._start(args, kwargs)
+        trace = self._start(*beginning)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
         run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
@@ -430,6 +436,17 @@ class AutoAmortized(AutoGuide):
         if isinstance(inputs, dict):
             apart |= set(inputs)
         return frozenset(tables), frozenset(apart)
+
+    def _excerpts(
+        self, facts: Structure, plan: AmortizationPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Arguments, Arguments]:
+        """Returns the call that parameters start from, and that statistics are taken from: of a long one, parts."""
+        inputs = self.options["inputs"]
+        functions = any(callable(value) for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
+        by_row = {plate for block in plan.blocks if not block.amortized for plate in block.plates}
+        if facts.part is None or functions or by_row & set(facts.part.plates):
+            return (args, kwargs), (args, kwargs)
+        return facts.part.arguments, facts.part.sample
 
     def _prepared(self, block: Block, reading: Reading, device: torch.device) -> tuple[Block, Preparation]:
         """Returns a block with the shapes that its data have, and the preparation that was measured on them."""
