@@ -48,7 +48,7 @@ class Graph:
         self.constants = constants
         self.num_operations = sum(node.op == "call_function" for node in module.graph.nodes)
         self.num_values = sum(_numel(node) for node in module.graph.nodes if node.op == "call_function")
-        self._run: Callable[..., Sequence[Tensor]] = module
+        self._run: Callable[..., Sequence[Tensor]] = module.forward  # past the hooks of modules
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Runs it on inputs of the shapes that it was recorded with."""

@@ -64,6 +64,7 @@ class CapturedLoss:
         self.doubt: str | None = None
         self._kinds: dict[Any, list[_Recorded]] = {}
         self._left: set[Any] = set()
+        self._is_crowded = False
         self._floats: dict[Any, set[Any]] = {}
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluated | None:
@@ -72,9 +73,10 @@ class CapturedLoss:
             return None
         try:
             call = _Arguments(args, kwargs, self._floats)
+            if call.kind not in self._kinds and len(self._kinds) >= MOST_KINDS:
+                self._refuse_more_kinds()
+                return None
             variants = self._kinds.setdefault(call.kind, [])
-            if len(self._kinds) > MOST_KINDS:
-                raise Uncapturable("shapes or Python values among its arguments change from call to call")
             recorded = next((found for found in variants if found.holds()), None)
             if recorded is None:
                 self._left ^= {call.kind}
@@ -94,6 +96,14 @@ class CapturedLoss:
             self.doubt = str(reason)
             _warn(f"its loss is left to Pyro, since {reason}.")
             return None
+
+    def _refuse_more_kinds(self) -> None:
+        if not self._is_crowded:
+            self._is_crowded = True
+            _warn(
+                "shapes or Python values among the arguments change from call to call. Calls of the first "
+                f"{MOST_KINDS} kinds run on graphs, all others are left to Pyro."
+            )
 
     def _record(self, call: _Arguments) -> _Recorded:
         """Records loss and gradients for a kind of call."""
@@ -178,11 +188,12 @@ class Evaluated:
         """Sends the param messages of the program that the graph stands for."""
         store = pyro.get_param_store()
         for name, parameter in self.recorded.announced.items():
+            value: Any = parameter
             if name in store and store._constraints[name] is not constraints.real:
                 value = store[name]
-            else:
+            elif not hasattr(parameter, "unconstrained"):
                 value = parameter.detach()
-                value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                value.unconstrained = weakref.ref(parameter)
             apply_stack(_param_message(name, value))
 
 

@@ -134,7 +134,6 @@ class TestCompiled:
 
         x = torch.randn(7)
         graph = record(lambda: [x.sin().exp() * 3.25], [x])
-        monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
         monkeypatch.setenv("CXX", "no-such-compiler")
-        with pytest.raises(Uncapturable, match="compiler"):
+        with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(Uncapturable, match="compiler"):
             graph.compiled([x])

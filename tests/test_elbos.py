@@ -153,10 +153,10 @@ class TestInSVI:
     def test_without_a_compiler_the_graph_runs_and_says_so_once(self, compiling, monkeypatch):
         from torch._inductor import config
 
-        monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
         monkeypatch.setenv("CXX", "no-such-compiler")
-        shifted = X + 0.123456  # nothing that a cache holds
-        with pytest.warns(UserWarning, match="without being compiled, since the compiler failed") as caught:
+        shifted = X.repeat(7)[: int(torch.randint(30, 80, ()))]  # nothing that a cache holds
+        no_compiler = config.patch({"cpp.cxx": ("no-such-compiler",)})
+        with no_compiler, pytest.warns(UserWarning, match="without being compiled") as caught:
             compiled = trained(CompiledTrace_ELBO(num_particles=2), linear, by_hand, x=shifted)
         assert len(caught) == 1
         plain = trained(Trace_ELBO(num_particles=2), linear, by_hand, x=shifted)
@@ -317,6 +317,9 @@ class TestKindsOfCalls:
         with pytest.warns(UserWarning, match="change from call to call") as caught:
             agree(Trace_ELBO(), compiled, counted, guide, [((X, step), {}) for step in range(20)])
         assert len(caught) == 1
+        assert runs(compiled) == []
+        agree(Trace_ELBO(), compiled, counted, guide, [((X, 3), {})] * 2)
+        assert runs(compiled) == [2]
 
     def test_other_dtypes_and_layouts(self, guide):
         compiled = CompiledTrace_ELBO()
