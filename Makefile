@@ -12,9 +12,13 @@ STAMP = $(VENV)/.installed
 demo: $(STAMP)
 	$(VENV)/bin/python tutorials/demo.py
 
-# Ten minutes; IMAGES=path/to/t10k-images-idx3-ubyte.gz saves the download.
+# All, one after the other, three hours; BENCH=steps picks one, and BENCH_OPTIONS=--quick is handed on.
+# IMAGES=path/to/t10k-images-idx3-ubyte.gz saves the download of digits.
+BENCH ?= digits steps scaling mcmc posteriors
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/digits.py $(if $(IMAGES),--images $(IMAGES))
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[bench]"
+	$(foreach name,$(BENCH),$(VENV)/bin/python benchmarks/$(name).py \
+	  $(and $(filter digits,$(name)),$(IMAGES),--images $(IMAGES)) $(BENCH_OPTIONS) &&) true
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .

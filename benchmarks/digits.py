@@ -13,7 +13,6 @@ downloaded once (1.6 MB) unless ``--images`` names the file. The tables are prin
 ``benchmarks/RESULTS.md``.
 """
 
-import argparse
 import copy
 import gzip
 import math
@@ -30,7 +29,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam
-from results import machine, table, with_error, write_section
+from results import machine, parser_of, publish, table, use_threads, with_error
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -68,6 +67,7 @@ class VAE(PyroModule):
 def main():
     """Trains or loads, measures, prints, and writes."""
     options = parse()
+    use_threads(options.threads)
     digits = read_digits(options.images or download())
     was_there = options.guide is not None and options.guide.exists()
     model, guide = trained(digits[: 500 if options.quick else TRAINED_ON], options)
@@ -87,22 +87,15 @@ def main():
     ]
     source = f"a guide from {options.guide.name}" if was_there else f"a guide of {options.steps} steps"
     head = f"{options.data} unseen digits, {source}, seed {options.seed}; {machine()}"
-    text = "\n".join([head, "", *gap_table(report), "", *table(("Time, and nats ± se", "found"), rows)])
-    print(text)
-    if not options.quick:
-        write_section("Gaps of digits", text)
+    lines = [head, "", *gap_table(report), "", *table(("Time, and nats ± se", "found"), rows)]
+    publish("Gaps of digits", lines, options.quick)
 
 
 def parse():
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, SIZES)
     parser.add_argument("--images", type=Path, help="an idx3-ubyte.gz file of 28 x 28 digits; downloaded if not given")
     parser.add_argument("--guide", type=Path, help="a trained guide: read if the file exists, else written")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="small sizes, and nothing is written")
-    is_quick = parser.parse_known_args()[0].quick
-    for name, (usual, quick, meaning) in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=quick if is_quick else usual, help=meaning)
     return parser.parse_args()
 
 

@@ -7,6 +7,7 @@ Everything else is fixed as it was: Python numbers, branches taken, shapes.
 
 from __future__ import annotations
 
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_amortize.parameters import preserved
 
+OFTEN = 10
+"""At which call with the same shapes a function is recorded."""
 ESCAPES = ("numpy", "__array__", "tolist")
 INDEXING = {getattr(torch.ops.aten, name).default for name in ("index_put", "index_put_", "_unsafe_index_put")}
 INDEXING |= {torch.ops.aten.index.Tensor}
@@ -37,12 +40,14 @@ class Graph:
         module: The operations; takes inputs and constants, returns a tuple of tensors.
         constants: Tensors that the program found elsewhere, buffers and closures; read and changed in place.
         num_operations: How many operations there are.
+        num_values: How many numbers they compute.
     """
 
     def __init__(self, module: fx.GraphModule, constants: list[Tensor]) -> None:
         self.module = module
         self.constants = constants
         self.num_operations = sum(node.op == "call_function" for node in module.graph.nodes)
+        self.num_values = sum(_numel(node) for node in module.graph.nodes if node.op == "call_function")
         self._run: Callable[..., Sequence[Tensor]] = module
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -74,6 +79,56 @@ class Graph:
         return graph
 
 
+class Recorded:
+    """A function that is recorded once it has been called often with tensors of the same shapes.
+
+    Args:
+        function: Of values, shape (draws, rows, dim), and of another tensor; returns shape (draws, rows), each entry
+            from the values at its place alone. It is differentiable by the values.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+        self.calls: dict[Any, int] = {}
+        self.graphs: dict[Any, Graph | None] = {}
+
+    def __call__(self, values: Tensor, other: Tensor) -> Tensor:
+        """Calls the function, or its graph."""
+        key = values.shape, values.dtype, other.shape, values.requires_grad and torch.is_grad_enabled()
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] == OFTEN:
+            self.graphs[key] = self._graph(values.detach().requires_grad_(key[-1]), other.detach())
+        graph = self.graphs.get(key)
+        if graph is None:
+            return self.function(values, other)
+        return _RowByRow.apply(values, other, graph) if key[-1] else graph([values, other])[0]  # type: ignore[no-any-return]
+
+    def _graph(self, values: Tensor, other: Tensor) -> Graph | None:
+        def run() -> list[Tensor]:
+            value = self.function(values, other)
+            return [value.detach(), *(torch.autograd.grad(value.sum(), [values]) if values.requires_grad else ())]
+
+        try:
+            return record(run, [values, other])
+        except Uncapturable:
+            return None
+
+
+class _RowByRow(torch.autograd.Function):
+    """A graph that returns values and their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, other: Tensor, graph: Graph) -> Tensor:  # type: ignore[override]
+        value, gradient = graph([values, other])
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return upstream[..., None] * gradient, None, None
+
+
 def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
     """Records what a program computes. Random states, modules and the param store are left as found.
 
@@ -101,6 +156,7 @@ def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
     for node in module.graph.nodes:
         if _has_shape_of_values(node):
             raise Uncapturable(f"the shape of a tensor depends on values ({node.target})")
+    _own_outputs(module)
     return Graph(module, _lifted(module))
 
 
@@ -177,8 +233,39 @@ def _fixed_value(node: Any, module: fx.GraphModule, known: dict[fx.Node, Tensor 
     return known[node]
 
 
+def _own_outputs(module: fx.GraphModule) -> None:
+    """Makes every output a tensor of its own, to be changed in place: no input, constant, other output, or a view."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    bases: set[fx.Node] = set()
+    owned = []
+    for node in output.args[0]:
+        base = node
+        while base.op == "call_function" and _is_view(base.target):
+            base = base.args[0]
+        meta = node.meta.get("tensor_meta")
+        if base.op != "call_function" or base in bases or (meta is not None and 0 in meta.stride):
+            with module.graph.inserting_before(output):
+                node = module.graph.call_function(
+                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+        bases.add(base)
+        owned.append(node)
+    output.args = (tuple(owned),)
+
+
+def _is_view(function: Any) -> bool:
+    if isinstance(function, torch._ops.OpOverload):
+        return any(result.alias_info is not None for result in function._schema.returns)
+    return function is operator.getitem
+
+
 def _is_mask(node: Any) -> bool:
     return isinstance(node, fx.Node) and _dtype(node) in (torch.bool, torch.uint8)
+
+
+def _numel(node: fx.Node) -> int:
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return 0 if shape is None else shape.numel()
 
 
 def _dtype(node: Any) -> torch.dtype | None:

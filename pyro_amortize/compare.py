@@ -19,13 +19,14 @@ from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
 from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
-from pyro_amortize.fit import Options, SVIFit, guide_parameters, train
+from pyro_amortize.fit import SVIFit, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
 from pyro_amortize.planner import plan_amortization, plan_beside
 from pyro_amortize.reference import mean_field_guide
+from pyro_amortize.steps import Options, guide_parameters
 
 METHODS = ("amortized", "mean_field", "mcmc")
 STEPS = "svi={'num_steps': ..., 'num_particles': ...}"

@@ -12,10 +12,11 @@ from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities, vectorizing
 from pyro_amortize.encoders import MLP, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.estimates import Part
-from pyro_amortize.fit import Options, seeded, train
+from pyro_amortize.fit import seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
+from pyro_amortize.steps import Options
 from pyro_amortize.verdict import MOST_NEIGHBOURS
 
 TRAINING_STEPS = 1000

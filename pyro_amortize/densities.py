@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_value
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import is_delta, is_enumerated
+
+Setting = tuple[Model, Model, tuple[Any, ...], dict[str, Any]]
 
 OF_PYRO = "_unconstrained"
 """How Pyro's ``AutoNormal`` names the auxiliary site of a latent."""
@@ -116,6 +119,27 @@ def log_densities(
         log_p, log_q = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
         back = torch.argsort(torch.cat(order))
         return Densities(log_p[:, back], log_q[:, back])
+
+
+def log_ratios(calls: Iterable[AbstractContextManager[Setting]]) -> Tensor:
+    """Returns log p - log q, totals in nats, of one draw from the guide in each of several calls of one model.
+
+    Args:
+        calls: For each a context that yields model, guide and arguments, which differ in their rows only, with the
+            handlers that rescale these to all rows on model and guide.
+
+    Returns:
+        Shape (calls,).
+    """
+    ratios, evaluation = [], None
+    for call in calls:
+        with call as (model, guide, args, kwargs):
+            with preserved(model, guide, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
+                if evaluation is None:
+                    evaluation = Evaluation(model, guide, args, kwargs)
+                    evaluation.refuse_other_densities(None)
+                ratios.append(evaluation.once(model, guide, args, kwargs).log_ratio)
+    return torch.cat(ratios)
 
 
 def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str) -> None:
@@ -261,6 +285,13 @@ class Evaluation:
     def _run(self, plate: str | None, count: int | None) -> tuple[Tensor, Tensor]:
         model_trace, guide_trace = self._traces(count)
         return self._log_p(model_trace, plate, count), self._sum(guide_trace, plate, count)
+
+    def once(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Densities:
+        """Returns the totals of one draw in another call, of as many rows."""
+        other = copy.copy(self)
+        other.model, other.guide, other.args, other.kwargs = model, guide, args, kwargs
+        with pyro.validation_enabled(False):  # the run before has shown that the model is sound
+            return Densities(*other._run(None, None))
 
     def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str, size: int) -> Evaluation:
         """Returns this evaluation for a call with so many elements of a plate."""

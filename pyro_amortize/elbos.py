@@ -44,7 +44,8 @@ class CapturedLoss:
     """An ELBO of one model and guide, a graph for each kind of call.
 
     A kind of call is the structure of the arguments, the shapes and dtypes of tensors among them, and the values of
-    all else. The first call of a kind is left to Pyro, the second is recorded.
+    all else. The first call of a kind is left to Pyro, which makes its parameters; the second is recorded. The same
+    holds when modules change their mode or parameters become others.
 
     Args:
         elbo: The ELBO.
@@ -62,6 +63,7 @@ class CapturedLoss:
         self.seconds = 0.0
         self.doubt: str | None = None
         self._kinds: dict[Any, list[_Recorded]] = {}
+        self._left: set[Any] = set()
         self._floats: dict[Any, set[Any]] = {}
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluated | None:
@@ -70,14 +72,14 @@ class CapturedLoss:
             return None
         try:
             call = _Arguments(args, kwargs, self._floats)
-            if call.kind not in self._kinds:
-                if len(self._kinds) >= MOST_KINDS:
-                    raise Uncapturable("shapes or Python values among its arguments change from call to call")
-                self._kinds[call.kind] = []
-                return None
-            variants = self._kinds[call.kind]
+            variants = self._kinds.setdefault(call.kind, [])
+            if len(self._kinds) > MOST_KINDS:
+                raise Uncapturable("shapes or Python values among its arguments change from call to call")
             recorded = next((found for found in variants if found.holds()), None)
             if recorded is None:
+                self._left ^= {call.kind}
+                if call.kind in self._left:
+                    return None
                 recorded = self._record(call)
                 self._kinds[call.kind] = [*variants[-3:], recorded]
             recorded.runs += 1
@@ -137,12 +139,14 @@ class CapturedLoss:
 
     def _checked(self, recorded: _Recorded, call: _Arguments) -> Evaluated:
         """Runs a graph beside the model as it is, same draws."""
+        state = pyro.util.get_rng_state()
         with self._timed(), pyro.validation_enabled(False):
             with preserved():
                 loss, gradients = self._plain(recorded.parameters, call.args, call.kwargs)
             found = recorded.run(call)
             if _agree([loss, *(g for g in gradients if g is not None)], [found.loss, *found.gradients]):
                 return found
+            pyro.util.set_rng_state(state)
             if recorded.compiled is not None and recorded.compiled is not recorded.graph:
                 recorded.compiled = recorded.graph
                 _warn("the graph of its loss runs without being compiled, since compiled code has other results.")
@@ -201,6 +205,8 @@ class _Recorded:
         store = pyro.get_param_store()._params
         self._stored = {name: store[name] for name in announced if name in store}
         self._meta = [_meta(parameter) for parameter in parameters]
+        own = [parameter for module, _ in modes for parameter in module.parameters(recurse=False)]
+        self._frozen = [parameter for parameter in own if not parameter.requires_grad]
 
     def holds(self) -> bool:
         """Tells whether parameters are those that were recorded, and modules in the same modes."""
@@ -208,6 +214,7 @@ class _Recorded:
         return (
             all(module.training is mode for module, mode in self.modes)
             and all(store.get(name) is parameter for name, parameter in self._stored.items())
+            and not any(parameter.requires_grad for parameter in self._frozen)
             and all(_meta(p) == meta for p, meta in zip(self.parameters, self._meta, strict=True))
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -296,7 +297,8 @@ class Sequences(nn.Module):
 
     def _run(self, series: Tensor) -> Tensor:
         parameter = next(self.network.parameters(), series)
-        states = self.network(series.to(parameter.dtype))
+        given = series.to(parameter.dtype)
+        states = self.network(given if isinstance(self.network, nn.RNNBase) else given.clone())
         states = states[0] if isinstance(states, tuple) else states
         if not isinstance(states, Tensor) or states.shape[:-1] != series.shape[:-1]:
             got = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
@@ -373,6 +375,21 @@ class Heads(nn.Module):
         rows = on_rows(self.trunk, features)
         return [head(rows) for head in self.heads]
 
+    @property
+    def widest_before(self) -> int:
+        """Width of the widest layer that data pass on their way to an element."""
+        return max(widest(self.phis), widest(self.reader))
+
+
+def in_pieces(coder: Heads, features: Tensor, limit: int) -> list[Tensor]:
+    """Returns what a coder makes of features, shape (..., rows, features), so many activations of a layer at a time."""
+    rows = features.flatten(0, -2)
+    count = max(1, limit // max(widest(coder.trunk), widest(coder.heads)))
+    if len(rows) <= count:
+        return coder(features)  # type: ignore[no-any-return]
+    parts = zip(*(coder(part) for part in rows.split(count)), strict=True)
+    return [torch.cat(part).unflatten(0, features.shape[:-1]) for part in parts]
+
 
 def gathered(
     phis: nn.ModuleDict,
@@ -410,6 +427,8 @@ def gathered(
 
 def joined(columns: list[Tensor]) -> Tensor:
     """Concatenates features of shapes that broadcast but for the last axis."""
+    if len(columns) == 1:
+        return columns[0]
     batch = torch.broadcast_shapes(*(column.shape[:-1] for column in columns))
     return torch.cat([column.expand(batch + column.shape[-1:]) for column in columns], -1)
 
@@ -427,7 +446,8 @@ def trunk_features(trunk: nn.Module, features: Tensor) -> Tensor:
         ValueError: The output has not one row for each row of data.
     """
     parameter = next(trunk.parameters(), None)
-    out = trunk(features if parameter is None else features.to(parameter.dtype))
+    given = features if parameter is None else features.to(parameter.dtype)
+    out = trunk(given if _keeps(trunk) else given.clone())
     if not isinstance(out, Tensor) or out.dim() < 2 or len(out) != len(features):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(
@@ -435,6 +455,17 @@ def trunk_features(trunk: nn.Module, features: Tensor) -> Tensor:
             f"shape ({len(features)}, width), a row of features for each row of data: end it with nn.Flatten(1)."
         )
     return out.flatten(1).to(features.dtype)
+
+
+def widest(network: nn.Module | None) -> int:
+    """Returns how wide the widest layer of a network is."""
+    parameters = () if network is None else network.parameters()
+    return max((parameter.shape[0] for parameter in parameters if parameter.dim()), default=1)
+
+
+def _keeps(network: nn.Module) -> bool:
+    """Tells whether a network is sure to leave its input as it is; others get a copy, for it may be the data."""
+    return type(network) is nn.Sequential and all(isinstance(layer, nn.Linear) for layer in islice(network, 1))
 
 
 def encode_option(value: Any) -> dict[str, Any]:

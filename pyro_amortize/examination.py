@@ -1,6 +1,7 @@
 """A model and example arguments, turned into facts: what depends on what, found by running the model.
 
-Nothing is changed by looking: not the random state, the param store, module buffers, or a Pyro handler.
+Of a long call the model is run on some rows only, where these stand for all. Nothing is changed by looking: not the
+random state, the param store, module buffers, or a Pyro handler.
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from pyro_amortize.calls import Call, Model, opened
+from pyro_amortize.excerpt import FEW, Long, Part
 from pyro_amortize.held import HeldRun
 from pyro_amortize.latents import LatentProbes
 from pyro_amortize.parameters import preserved
 from pyro_amortize.probes import Probes
 from pyro_amortize.sources import SourceProbes
-from pyro_amortize.structure import Link, Structure
+from pyro_amortize.structure import Link, Structure, plates_of
 
 
 def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
     """Finds the facts about a model that a plan needs.
+
+    A long call is examined on :data:`~pyro_amortize.excerpt.FEW` random rows and the rows of each column's extremes,
+    NaN among them. That these stand for all rows is checked by running the model on two such parts of different
+    lengths: its sites, and their shapes but for plates, have to be the same, and plates to be as long as the parts or
+    of one size. Otherwise, or if the model does not run on a part, it is examined on all rows, at a cost in time and
+    memory that grows with them. A model that does something else at a certain number of rows is not seen through.
 
     Args:
         model: A Pyro model.
@@ -37,12 +46,74 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
                 f"plan_amortization: argument '{name}' is a numpy array; Pyro's densities need tensors. "
                 f"Pass torch.as_tensor({name})."
             )
+    parts = (_examined_in_part(model, long) for long in Long.ways(call))
+    return next((facts for facts in parts if facts is not None), None) or _examined(model, call)
+
+
+def _examined(model: Model, call: Call) -> Structure:
     model, hides = opened(model)
     with preserved(model, evaluating=True):
         probes = Probes(HeldRun(model, call), hides)
         facts = _structure(probes)
         loose = frozenset(name for name in probes.loops if _is_loose(name, facts, probes))
         return _structure(Probes(HeldRun(model, call), hides, loose)) if loose else facts
+
+
+def _examined_in_part(model: Model, long: Long) -> Structure | None:
+    """Examines a model on some rows of a long call; returns None where these may not stand for all."""
+    try:  # a model may fail in any way on fewer rows than it is meant for
+        some, extremes = long.some(FEW), long.extremes()
+        rows, fewer = (torch.cat([part, extremes]).unique() for part in (some, some[::4]))
+        call = Call(model, *long.on(rows))
+        sites, others = _sites(model, call), _sites(model, Call(model, *long.on(fewer)))
+        sizes = _stretched(sites, others, {(len(rows), len(fewer)): long.length})
+        if not sizes:
+            return None
+        facts = _examined(model, call)
+    except Exception:
+        return None
+    part = Part(long, rows, {name: facts.plates[name] for name in sizes})
+    whole = {}
+    for name, (size, full) in sizes.items():
+        drawn = facts.plates[name].at_random and size < full
+        whole[name] = replace(facts.plates[name], size=size, full_size=full, at_random=drawn)
+    shapes = {name: tuple(leaf.shape) for name, leaf in long.call.tensors.items()}
+    return replace(facts, plates={**facts.plates, **whole}, shapes=shapes, part=part)
+
+
+def _sites(model: Model, call: Call) -> dict[str, Any]:
+    model, _ = opened(model)
+    with preserved(model, evaluating=True):
+        nodes = HeldRun(model, call).run()
+    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+
+
+def _stretched(
+    sites: dict[str, Any], others: dict[str, Any], lengths: dict[tuple[int, int], int]
+) -> dict[str, tuple[int, int]] | None:
+    """Compares a run on some rows with one on fewer.
+
+    Returns:
+        Size and full size that each plate has on all rows if it grows with them; None if anything else differs.
+    """
+    if {name: _own_shape(site) for name, site in sites.items()} != {n: _own_shape(s) for n, s in others.items()}:
+        return None
+    plates, shorter, found = plates_of(sites.values()), plates_of(others.values()), {}
+    for name, plate in plates.items():
+        pairs = (plate.size, shorter[name].size), (plate.full_size, shorter[name].full_size)
+        if any(now != then and (now, then) not in lengths for now, then in pairs):
+            return None
+        if any(now != then for now, then in pairs):
+            size, full_size = (lengths.get(pair, pair[0]) for pair in pairs)
+            found[name] = size, full_size
+    return found
+
+
+def _own_shape(site: Any) -> tuple[int, ...]:
+    """The shape of a site without the plates around it."""
+    batch, event = getattr(site["fn"], "batch_shape", ()), getattr(site["fn"], "event_shape", ())
+    dims = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    return (*(size for i, size in enumerate(batch) if i - len(batch) not in dims), *event)
 
 
 def _structure(probes: Probes) -> Structure:

@@ -19,7 +19,7 @@ class Normal:
 
     def distribution(self, loc: Tensor, raw: Tensor) -> Any:
         """Returns the distribution, from parameters of any one shape; it has no event dimensions."""
-        scale = torch.nn.functional.softplus(raw) + torch.finfo(raw.dtype).tiny
+        scale = torch.nn.functional.softplus(raw.contiguous()) + torch.finfo(raw.dtype).tiny
         return dist.Normal(loc, scale)
 
     def parameters(self, loc: Tensor, scale: Tensor) -> Tensor:

@@ -21,13 +21,14 @@ from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
 from pyro_amortize.evidence import CORRECTED, Evidence, correlation_cost, estimate_evidence, improved_evidence
-from pyro_amortize.fit import Options, SVIFit, seeded
+from pyro_amortize.fit import SVIFit, seeded
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import TOLERANCE, Optimum, as_guide, data_plate, local_joint, record, search
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
 from pyro_amortize.reference import drawn_globals, held_globals, local_sites, site_answers
+from pyro_amortize.steps import Options
 
 BLOCK_DRAWS = 50
 OF_EVIDENCE = ("log_evidence", "approximation_gap", "inference_gap")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -58,8 +59,10 @@ from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.reading import Reading
-from pyro_amortize.structure import Family
+from pyro_amortize.structure import Family, Structure
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class AutoAmortized(AutoGuide):
@@ -178,6 +181,9 @@ class AutoAmortized(AutoGuide):
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Plans from these data, makes the parameters, and takes the statistics for preparing inputs.
 
+        Of more than 10,000 rows the model is run on some only, see :func:`~pyro_amortize.examination.examine`, and the
+        statistics are those of 10,000 random ones, unless a table has a row for each, or ``inputs=`` holds a function.
+
         Before training it may be called again, with data that represent the whole better; a guide that has been
         trained or loaded keeps what it has.
 
@@ -195,7 +201,8 @@ class AutoAmortized(AutoGuide):
         tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels, facts.families)
         plan = build_plan(facts, tables, apart, self.options["inputs"], self.options["encoder"])
         self._refuse_misplaced(plan)
-        run = GuidedRun(self, args, kwargs, {}, plan=plan)
+        beginning, sample = self._excerpts(facts, plan, args, kwargs)
+        run = GuidedRun(self, *sample, {}, plan=plan)
         examples = run.examples()
         cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)
         data = [*Call(self.model, args, kwargs).tensors.values(), *cells]
@@ -208,7 +215,7 @@ class AutoAmortized(AutoGuide):
                 block, preparations[part_key(block.name)] = self._prepared(block, examples[block.name], device)
             blocks.append(block)
         self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
-        trace = self._start(args, kwargs)
+        trace = self._start(*beginning)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
         run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
@@ -217,7 +224,7 @@ class AutoAmortized(AutoGuide):
         """Returns the posterior median of every latent for these data, shape of its site.
 
         Sites that are left to the model are at their prior's median, given those of the latents above them. Sites that
-        are summed out have none.
+        are summed out have none. Takes any number of rows, as :meth:`posterior` does.
         """
         return self._answer("median", args, kwargs).values
 
@@ -230,7 +237,9 @@ class AutoAmortized(AutoGuide):
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """Returns q given these data, globals included: any number of rows, seen in training or not.
 
-        Runs in eval mode, without gradients, and leaves the model before its decoder. Where a site's support depends
+        Runs in eval mode, without gradients, and leaves the model before its decoder. Data are prepared and encoded
+        some rows at a time, so that beside data and answer, memory does not grow with their number; a reader of series
+        and links between plates see all of theirs at once, though. Where a site's support depends
         on another latent, it is taken at that latent's median; so is the prior of elements without data, whose draws
         are joint with those of the latents above them in :meth:`predictive` only. Draws of it hold the sites that are
         summed out too, given the other draws and the data.
@@ -428,6 +437,17 @@ class AutoAmortized(AutoGuide):
             apart |= set(inputs)
         return frozenset(tables), frozenset(apart)
 
+    def _excerpts(
+        self, facts: Structure, plan: AmortizationPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Arguments, Arguments]:
+        """Returns the call that parameters start from, and that statistics are taken from: of a long one, parts."""
+        inputs = self.options["inputs"]
+        functions = any(callable(value) for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
+        by_row = {plate for block in plan.blocks if not block.amortized for plate in block.plates}
+        if facts.part is None or functions or by_row & set(facts.part.plates):
+            return (args, kwargs), (args, kwargs)
+        return facts.part.arguments, facts.part.sample
+
     def _prepared(self, block: Block, reading: Reading, device: torch.device) -> tuple[Block, Preparation]:
         """Returns a block with the shapes that its data have, and the preparation that was measured on them."""
         levels = []
@@ -584,7 +604,8 @@ class AutoAmortized(AutoGuide):
         self._refuse_uninitialized(what)
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
             run = GuidedRun(self, args, kwargs, {}, answering=True)
-            run.sample()
+            with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
+                run.sample()
         return run
 
     def _refuse_uninitialized(self, what: str) -> None:

@@ -22,11 +22,11 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call, is_recorded, opened
-from pyro_amortize.encoders import Rows
-from pyro_amortize.held import is_index
+from pyro_amortize.encoders import Heads, Rows, in_pieces
+from pyro_amortize.held import has_nan, is_index
 from pyro_amortize.plan import AmortizationPlan, Block
-from pyro_amortize.posterior import prior_median, typical
-from pyro_amortize.reading import Reader, Reading
+from pyro_amortize.posterior import LIMIT, prior_median, typical
+from pyro_amortize.reading import Piece, Reader, Reading, free_plate
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
     PriorWithoutData,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 
 MOST_EXITS = 256
+FIRST = 64  # elements of the first piece of an answer, on which the size of the others is measured
 
 
 class _Done(BaseException):
@@ -268,31 +269,69 @@ class GuidedRun(Messenger):
         for source in block.sources:
             if source.drawn and source.name not in self.reader.drawn:
                 self._draw_ahead(source.name, msg)
-        reading = self.reader.read(block, plates) if block.levels else None
-        parameters: list[Tensor] | None
+        parameters = self._encoded(block, plates) if block.levels else []
         if not block.amortized:
             parameters = coder(self._index(block, plates))
             self._sizes[block.name] = [
                 plates[name].size if name in plates else self.plan.plates[name] for name in block.plates
             ]
-        elif reading is None:
+        elif parameters is None:
             self._refuse_missing(block)
-            parameters = None
-        elif isinstance(coder, Rows):
-            parameters = coder(torch.arange(math.prod(reading.sizes)))
-        else:
-            features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
-            parameters = coder(self.guide.features_of(block, coder, features, reading))
-        if block.amortized and reading is not None:
-            self._sizes[block.name] = reading.sizes
         if self.answering and parameters is not None:
             parameters = [values.detach() for values in parameters]
+            if any(has_nan(values) for values in parameters):
+                raise ValueError(
+                    f"{type(self.guide).__name__}: the answer for '{block.sites[0]}' is NaN. Its data are infinite, or "
+                    f"the guide's parameters are NaN: look at the losses of its training."
+                )
         self._parameters[block.name] = parameters
-        chain = block.plates.index(block.chain) if block.chain else None
-        marks = reading.with_data(chain) if reading is not None else None
-        all_there = self.answering and marks is not None and bool(marks.all())
-        self._with_data[block.name] = None if all_there else marks
+        marks = self._with_data.get(block.name)
+        if self.answering and marks is not None and bool(marks.all()):
+            self._with_data[block.name] = None
         return parameters
+
+    def _encoded(self, block: Block, plates: dict[str, Plate]) -> list[Tensor] | None:
+        """Encodes the data of a block, in answers some elements of its longest plate at a time, so far as it can."""
+        coder = self.guide.coder_of(block)
+        chain = block.plates.index(block.chain) if block.chain else None
+        name = free_plate(block, plates) if self.answering and isinstance(coder, Heads) else None
+        if name is None or plates[name].size <= FIRST:
+            reading = self.reader.read(block, plates)
+            if reading is None:
+                return None
+            self._sizes[block.name], self._with_data[block.name] = reading.sizes, reading.with_data(chain)
+            return self._encoded_piece(block, coder, reading)
+        axis, size, start, count = block.plates.index(name), plates[name].size, 0, FIRST
+        whole: list[Tensor] = []
+        with_data: Tensor | None = None
+        while start < size:
+            reading = self.reader.read(block, plates, Piece(name, start, min(count, size - start)))
+            if reading is None:
+                return None
+            here = reading.sizes[axis]
+            sizes = [size if i == axis else n for i, n in enumerate(reading.sizes)]
+            parts = [part.unflatten(-2, reading.sizes) for part in self._encoded_piece(block, coder, reading)]
+            whole = whole or [part.new_empty(*part.shape[: -1 - len(sizes)], *sizes, part.shape[-1]) for part in parts]
+            marks = reading.with_data(chain)
+            if marks is not None:
+                with_data = marks.new_ones(sizes) if with_data is None else with_data
+                with_data.narrow(axis, start, here).copy_(marks)
+            for values, part in zip(whole, parts, strict=True):
+                values.narrow(axis - len(sizes) - 1, start, here).copy_(part)
+            if start == 0:
+                count = max(1, LIMIT * FIRST // reading.numbers(block, coder.widest_before))
+            start += here
+        self._sizes[block.name], self._with_data[block.name] = sizes, with_data
+        return [values.flatten(-1 - len(sizes), -2) for values in whole]
+
+    def _encoded_piece(self, block: Block, coder: Any, reading: Reading) -> list[Tensor]:
+        if not block.amortized:
+            return []
+        if isinstance(coder, Rows):
+            return coder(torch.arange(math.prod(reading.sizes)))  # type: ignore[no-any-return]
+        features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
+        rows = self.guide.features_of(block, coder, features, reading)
+        return in_pieces(coder, rows, LIMIT // 8) if self.answering else coder(rows)  # type: ignore[no-any-return]
 
     def _find_given(self) -> None:
         """Finds what this call observes of the discrete sites that encoders see before the model comes to them.
@@ -383,7 +422,7 @@ class GuidedRun(Messenger):
             )
         sizes, present = self._sizes[block.name], [plate.size for plate in plates]
         values = _of_turn(parameters[which], block.plates, sizes, turn)
-        marks, with_data = None, self._with_data[block.name]
+        marks, with_data = None, self._with_data.get(block.name)
         if with_data is not None:
             marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
             marks = _placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
@@ -398,7 +437,8 @@ class GuidedRun(Messenger):
             q = dressed(msg, without_masks(prior), q)
         else:
             q = dressed(msg, prior, q)
-        q = q.expand(torch.broadcast_shapes(q.batch_shape, prior.batch_shape))
+        batch_shape = torch.broadcast_shapes(q.batch_shape, prior.batch_shape)
+        q = q if q.batch_shape == batch_shape else q.expand(batch_shape)
         if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
             return q
         return PriorWithoutData(marks, prior.expand(q.batch_shape), q)

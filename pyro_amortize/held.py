@@ -105,7 +105,9 @@ def is_index(value: Any) -> bool:
 
 def has_nan(value: Tensor) -> bool:
     """Tells whether a tensor holds NaN."""
-    return value.is_floating_point() and bool(value.isnan().any())
+    if not value.is_floating_point() or not bool(value.sum().isnan()):  # a quick look; infinities may cancel to NaN too
+        return False
+    return bool(value.isnan().any())
 
 
 def _refuse_nan(name: str, site: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_amortize.calls import is_recorded
 from pyro_amortize.encoders import joined
+from pyro_amortize.held import has_nan
 from pyro_amortize.levels import Level
 from pyro_amortize.structure import Source
 
@@ -43,6 +44,7 @@ class Inputs(nn.Module):
         columns = sum(source.width for source in sources) if auto else 0
         self.register_buffer("shift", torch.zeros(columns))
         self.register_buffer("scale", torch.ones(columns))
+        self._stands = auto and bool(self._indicators().all())  # nothing to be centred or filled
 
     def forward(self, rows: list[Cells], dtype: torch.dtype) -> Tensor:
         """Prepares data.
@@ -52,10 +54,11 @@ class Inputs(nn.Module):
             dtype: Of the features.
 
         Returns:
-            Features of shape (..., features).
+            Features of shape (..., features). They may be the data themselves: not to be changed in place.
         """
         if self.prepare == "auto":
-            features = (self._columns(rows, dtype) - self.shift) / self.scale
+            features = self._columns(rows, dtype)
+            features = features if self._stands else (features - self.shift) / self.scale
             if not any(source.missing for source in self.sources):
                 return features
             return torch.nan_to_num(features, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -66,7 +69,7 @@ class Inputs(nn.Module):
         features = joined(plain)
         if self.prepare is None:
             return features
-        prepared: Tensor = self.prepare(features.reshape(-1, features.shape[-1]))  # type: ignore[operator]
+        prepared: Tensor = self.prepare(features.reshape(-1, features.shape[-1]).clone())  # type: ignore[operator]
         return prepared.reshape(*features.shape[:-1], -1)
 
     def measure(self, rows: list[Cells], dtype: torch.dtype) -> None:
@@ -91,27 +94,27 @@ class Inputs(nn.Module):
         columns = []
         for (value, present), source in zip(rows, self.sources, strict=True):
             flat = _flat(value, source)
-            lacking = flat.isnan()
-            if present is not None:
-                lacking = lacking | ~_flat(present, source)
+            lacking = None
+            if source.missing:
+                lacking = flat.isnan() if present is None else flat.isnan() | ~_flat(present, source)
+            elif not is_recorded() and has_nan(flat):
+                raise ValueError(
+                    f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
+                    f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
+                    f"under a mask, or fill them: {source.name}.nan_to_num()."
+                )
             if source.kind == "category":
-                known = torch.where(lacking, 0, flat).long()
-                here = ~lacking[..., None] & (known[..., None] == torch.arange(source.categories, device=flat.device))
+                known = (flat if lacking is None else torch.where(lacking, -1, flat)).long()
+                here = known[..., None] == torch.arange(source.categories, device=flat.device)
                 columns.append(here.flatten(-2).to(dtype))
             else:
                 flat = flat.to(dtype)
                 if source.kind == "count":
                     flat = flat.clamp(min=0).log1p()
                 filler = 0.0 if source.kind == "binary" else torch.nan
-                columns.append(torch.where(lacking, filler, flat))
-            if source.missing:
+                columns.append(flat if lacking is None else torch.where(lacking, filler, flat))
+            if lacking is not None:
                 columns.append(lacking.to(dtype))
-            elif not is_recorded() and bool(lacking.any()):
-                raise ValueError(
-                    f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
-                    f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
-                    f"under a mask, or fill them: {source.name}.nan_to_num()."
-                )
         return joined(columns)
 
     def _shared(self) -> Tensor:

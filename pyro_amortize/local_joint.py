@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Model
+from pyro_amortize.capture import Recorded
 from pyro_amortize.densities import Evaluation, Subsample, covering, scale_of
 from pyro_amortize.enumeration import side_by_side
 from pyro_amortize.minibatch import Minibatches, exact_minibatches
@@ -64,6 +65,7 @@ class LocalJoint:
         self.subsamples = plate in partial
         if set(partial) - {plate}:
             raise NotImplementedError(f"plate '{partial[0]}' subsamples itself, and its elements are not judged apart")
+        self._recorded = Recorded(self._of_rows)
         self.sites = self._sites()
         self.loc, self.scale, weight = (
             torch.cat([getattr(site, what).reshape(self.num_rows, -1) for site in self.sites], -1)
@@ -93,7 +95,7 @@ class LocalJoint:
         """
         rows = torch.arange(self.num_rows) if rows is None else rows
         rows = rows.to(values.device)
-        log_p = self._in_subsamples(values, rows) if self.subsamples else self._of_rows(values, rows)
+        log_p = self._in_subsamples(values, rows) if self.subsamples else self._recorded(values, rows)
         if self._masked is not None:
             free = _normal(self.loc[rows], self.scale[rows]).log_prob(values)
             log_p = log_p + torch.where(self._masked[rows], free, 0.0).sum(-1)

@@ -2,13 +2,14 @@
 
 Three ways exist, and are tried in turn: give the plate the indices of its subsample (models that write ``x[i]``),
 slice the arguments along the plate's axis, or both. A way counts as exact if, with the latents held, the mean of the
-rescaled log joints over a partition of the rows equals the full log joint, site by site.
+rescaled log joints over a partition of the rows equals the full log joint, site by site. Of a long call both are taken
+of the part on which the model was examined, so that the check costs the same at any number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.examination import examine
+from pyro_amortize.excerpt import Part
 from pyro_amortize.held import HeldRun
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, Source
@@ -113,24 +115,35 @@ def exact_minibatches(
     tied = [n for n in outside if any(plate.name in facts.sites[c].plates for c in facts.site_of(n).children)]
     if tied:
         return f"'{tied[0]}' is summed out for all rows of plate '{plate.name}' together"
-    call = Call(model, args, kwargs)
     slices = tuple(source for source in facts.sources if _may_slice(source, plate))
     tensors = [name for name, shape in facts.shapes.items() if plate.size in shape]
-    ways = [Minibatches(call, plate, True, ())]
-    ways += [Minibatches(call, plate, True, slices), Minibatches(call, plate, False, slices)] if slices else []
-    reasons = []
+    found = _exact_way(model, Minibatches(Call(model, args, kwargs), plate, True, slices), facts.part)
+    if isinstance(found, str) and tensors and not slices:
+        return f"rows of '{tensors[0]}' do not enter the densities of plate '{plate.name}' one by one"
+    return found
+
+
+def _exact_way(model: Model, both: Minibatches, part: Part | None) -> Minibatches | str:
+    """Tries the ways, given the one that injects and slices; returns the first that is exact, or why the last is not.
+
+    Args:
+        model: The model.
+        both: The way on all rows.
+        part: The rows on which it is tried, if not all.
+    """
+    ways = [replace(both, slices=()), both, replace(both, inject=False)] if both.slices else [both]
+    call = both.call if part is None else Call(model, *part.arguments)
+    plate = both.plate if part is None else part.plates.get(both.plate.name, both.plate)
+    reason: str | None = None
     with preserved(model, evaluating=True):
         held = HeldRun(model, call)
         held.run()
         full = _sums(held.run())
         for way in ways:
-            reason = _bias(way, held, full)
+            reason = _bias(replace(way, call=call, plate=plate), held, full)
             if reason is None:
                 return way
-            reasons.append(reason)
-    if tensors and not slices:
-        return f"rows of '{tensors[0]}' do not enter the densities of plate '{plate.name}' one by one"
-    return reasons[-1]
+    return str(reason)
 
 
 def _may_slice(source: Source, plate: Plate) -> bool:

@@ -43,7 +43,7 @@ class Preserved:
             self._modules[id(module)] = module, type(module), attributes
             for buffer in module.buffers(recurse=False):
                 self.keep(buffer)
-        if self._evaluating:
+        if self._evaluating and module.training:
             module.training = False
 
     def restore(self) -> None:

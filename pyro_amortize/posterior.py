@@ -20,6 +20,7 @@ from torch.distributions.transforms import (
 from pyro_amortize.supports import undressed
 
 DRAWS = 4096
+LIMIT = 2**21  # numbers that are held at once beside data and answers
 
 
 class Posterior:
@@ -140,7 +141,10 @@ def is_discrete(fn: Any) -> bool:
 def typical(fn: Any) -> Tensor:
     """Returns the median of each element of a distribution of the guide's; of a discrete one the mode."""
     if not is_discrete(fn):
-        return _quantiles(fn, [0.5])[0]
+        if isinstance(fn, dist.MaskedMixture):
+            return _quantiles(fn, [0.5])[0]
+        normal, transforms = normal_underneath(fn)  # type: ignore[misc]
+        return _mapped(normal.loc, transforms)
     base = undressed(fn)
     if isinstance(base, torch.distributions.Bernoulli):
         value = (base.logits > 0).to(base.logits.dtype)
@@ -189,8 +193,22 @@ def _moments(fn: Any) -> tuple[Tensor, Tensor]:
     if len(transforms) == 1 and isinstance(transforms[0], ExpTransform):
         mean = (base.loc + base.scale.square() / 2).exp()
         return mean, mean * base.scale.square().expm1().sqrt()
-    draws = _draws(fn)
-    return draws.mean(0), draws.std(0)
+    return _moments_of_draws(fn, base, transforms)
+
+
+def _moments_of_draws(fn: Any, base: Any, transforms: Sequence[Transform]) -> tuple[Tensor, Tensor]:
+    """Takes draws that share their noise between elements, so that an element's answer is its own."""
+    batch = fn.batch_shape
+    loc, scale = (value.reshape(-1, *value.shape[len(batch) :]) for value in (base.loc, base.scale))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(DRAWS, 1, *loc.shape[1:], dtype=loc.dtype, generator=generator).to(loc.device)
+    count = max(1, LIMIT // noise.numel())
+    found = []
+    for part, spread in zip(loc.split(count), scale.split(count), strict=True):
+        draws = _mapped(part + spread * noise, transforms)
+        found.append(torch.stack([draws.mean(0), draws.std(0)]))
+    mean, stddev = torch.cat(found, 1).unflatten(1, batch or (1,))
+    return (mean, stddev) if batch else (mean[0], stddev[0])
 
 
 def _on_values(fn: Any) -> Tensor:
@@ -237,7 +255,10 @@ def _quantiles(fn: Any, quantiles: Sequence[float] | Tensor) -> Tensor:
         return torch.where(_on_values(fn), own, _prior_quantiles(fn.component0, torch.as_tensor(quantiles).to(own)))
     base, transforms = normal_underneath(fn)  # type: ignore[misc]
     levels = torch.as_tensor(quantiles, dtype=base.loc.dtype, device=base.loc.device)
-    value = base.icdf(levels.reshape((-1,) + (1,) * base.loc.dim()))
+    return _mapped(base.icdf(levels.reshape((-1,) + (1,) * base.loc.dim())), transforms)
+
+
+def _mapped(value: Tensor, transforms: Sequence[Transform]) -> Tensor:
     for transform in transforms:
         value = transform(value)
     return value

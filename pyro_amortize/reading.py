@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +56,15 @@ class Reading:
         marks = marks.reshape(marks.shape[: len(self.sizes)]).expand(self.sizes)
         return marks if chain is None else marks.flip(chain).cummax(chain).values.flip(chain)
 
+    def numbers(self, block: Block, widest: int) -> int:
+        """Returns how many numbers an encoder holds for these data at once, its widest layer being so wide."""
+        total = 1
+        for level, cells in zip(block.levels, self.cells, strict=True):
+            sources = zip(level.sources, cells, strict=True)
+            rows = [values.numel() // max(1, math.prod(source.shape)) for source, (values, _) in sources]
+            total += max(rows, default=0) * max(level.width, widest)
+        return total
+
     def laid(self, features: Tensor) -> Tensor:
         """Gives features, shape (..., *plates, features), the full lengths of the block's own plates."""
         lead = features.dim() - 1 - self.count
@@ -66,6 +76,29 @@ class Reading:
         lead = features.shape[: features.dim() - 1 - self.count]
         features = features.reshape(*lead, *features.shape[len(lead) :][: len(self.sizes)], features.shape[-1])
         return features.expand(*lead, *self.sizes, -1).reshape(*lead, -1, features.shape[-1])
+
+
+def free_plate(block: Block, plates: dict[str, Plate]) -> str | None:
+    """Returns the longest plate around a block whose elements may be read apart: nothing is pooled or seen along it."""
+    ways = [(level.plates, block.levels[level.into].plates) for level in block.levels if level.into is not None]
+    free = [
+        name
+        for name in block.plates
+        if name in plates
+        and name not in (block.chain, block.reach.plate if block.reach else None)
+        and not any(name in plates_ and name not in into for plates_, into in ways)
+    ]
+    linked = any(level.link for level in block.levels)
+    return max(free, key=lambda name: plates[name].size) if free and not linked else None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of a plate from ``start`` on, ``size`` of those that are present."""
+
+    plate: str
+    start: int
+    size: int
 
 
 class Reader:
@@ -96,6 +129,7 @@ class Reader:
         self.indices: dict[str, Any] = {}
         self.drawn: dict[str, Tensor] = {}
         self.looked_up: dict[str, Any] = {}
+        self.made: dict[str, Tensor] = {}
 
     def needs_looking_up(self) -> bool:
         """Whether some data or masks pass through no argument, so that only a run of the model shows them."""
@@ -119,8 +153,14 @@ class Reader:
         self.looked_up = {"sites": nodes, "indices": held.indices}
         return [site for site in nodes.values() if site["type"] == "sample"]
 
-    def read(self, block: Block, around: dict[str, Plate]) -> Reading | None:
-        """Returns the data of a block for the present elements of its plates; None where some are missing."""
+    def read(self, block: Block, around: dict[str, Plate], piece: Piece | None = None) -> Reading | None:
+        """Returns the data of a block for the present elements of its plates; None where some are missing.
+
+        Args:
+            block: The block.
+            around: The plates around it.
+            piece: Some elements of one of these, where not all are to be read.
+        """
         plates = {name: Present(plate.size, plate.full_size, self.indices.get(name)) for name, plate in around.items()}
         fed = any(source.feeds in self.observations for source in block.sources)
         if self.observations and block.amortized and not fed:
@@ -132,6 +172,8 @@ class Reader:
             )
         axes = list(dict.fromkeys([*block.plates, *(name for level in block.levels for name in level.plates)]))
         sizes = {name: present.size for name, present in plates.items()}
+        if piece is not None:
+            sizes[piece.plate] = piece.size
         levels: list[list[Cells]] = []
         for level in block.levels:
             levels.append([])
@@ -141,11 +183,12 @@ class Reader:
                     return None
                 cell_dim = values.dim() - len(source.plates) if source.name == FUNCTION else len(source.shape)
                 lead = values.dim() - len(source.plates) - cell_dim
+                values = _narrowed(values, source.plates, lead, piece)
                 sizes |= dict(zip(source.plates, values.shape[lead:], strict=False))
                 cells = _laid(values, source.plates, axes, cell_dim)
-                present = self._source_marks(source, plates, axes)
+                present = self._source_marks(source, plates, axes, piece)
                 levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
-        marks = [self._level_marks(level, plates, axes) for level in block.levels]
+        marks = [self._level_marks(level, plates, axes, piece) for level in block.levels]
         for here in marks:  # a loop has as many turns as its data
             for name, length in zip(axes, here.shape if isinstance(here, Tensor) else (), strict=False):
                 sizes[name] = max(length, sizes.get(name, 1))
@@ -160,7 +203,9 @@ class Reader:
             dims = [dim - count for dim in source.dims]
             return value.movedim(dims, list(range(-len(dims) - count, -count)))
         if source.name == FUNCTION:
-            return self._function_rows(block, plates)
+            if block.name not in self.made:
+                self.made[block.name] = self._function_rows(block, plates)
+            return self.made[block.name]
         if source.axes is None:
             node = self.looked_up["sites"].get(source.name)
             if node is None or not node["is_observed"]:
@@ -212,7 +257,7 @@ class Reader:
             cells = cells.index_select(axis, torch.tensor([places[int(j)] for j in here], device=cells.device))
         return cells
 
-    def _site_marks(self, site: str, plates: dict[str, Present]) -> tuple[Tensor, Source] | None:
+    def _site_marks(self, site: str, plates: dict[str, Present], piece: Piece | None) -> tuple[Tensor, Source] | None:
         """Returns which entries of an observed site count, and where its plates stand; None if all do."""
         if site not in self.plan.masks:
             return None
@@ -229,14 +274,18 @@ class Reader:
             value = self._argument(source)
             if value is None:
                 return None
-            cells = pick_cells(source, value if value.dtype == torch.bool else ~value.isnan(), plates)
+            cells = pick_cells(source, value, plates)
+        cells = _narrowed(cells, source.plates, 0, piece)
+        cells = cells if cells.dtype == torch.bool else ~cells.isnan()
         return cells, replace(source, shape=tuple(cells.shape[len(source.plates) :]))
 
-    def _source_marks(self, source: Source, plates: dict[str, Present], axes: list[str]) -> Tensor | None:
+    def _source_marks(
+        self, source: Source, plates: dict[str, Present], axes: list[str], piece: Piece | None
+    ) -> Tensor | None:
         """Returns which cells of a source count at some site that it enters, shape (*axes, *cell); None if all do."""
         found = None
         for site in source.reaches if source.missing and source.name != FUNCTION else ():
-            marks = self._site_marks(site, plates)
+            marks = self._site_marks(site, plates, piece)
             if marks is None:
                 return None
             cells, where = marks
@@ -249,11 +298,11 @@ class Reader:
             found = cells if found is None else found | cells
         return found
 
-    def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str]) -> Marks:
+    def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str], piece: Piece | None) -> Marks:
         """Returns which rows of a level have values of their own."""
         found: Marks = False
         for site in level.sites:
-            marks = self._site_marks(site, plates)
+            marks = self._site_marks(site, plates, piece)
             if marks is None:
                 return True
             cells, where = marks
@@ -332,6 +381,13 @@ class Reader:
                 f"shape ({', '.join(map(str, sizes))}, ...): a row for each element of '{'/'.join(block.plates)}'."
             )
         return rows
+
+
+def _narrowed(cells: Tensor, plates: tuple[str, ...], lead: int, piece: Piece | None) -> Tensor:
+    """Takes a piece out of cells, shape (..., *plates, *cell)."""
+    if piece is None or piece.plate not in plates:
+        return cells
+    return cells.narrow(lead + plates.index(piece.plate), piece.start, piece.size)
 
 
 def _laid(cells: Tensor, plates: tuple[str, ...], axes: list[str], cell_dim: int) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import Subsample, covering
 from pyro_amortize.encoders import Table
-from pyro_amortize.fit import Optimizer, Options, SVIFit, seeded, train
+from pyro_amortize.fit import SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.steps import Optimizer, Options
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import is_delta
 
@@ -37,6 +38,7 @@ def fit_mean_field(
     optim: Optimizer | None = None,
     loss: Any = None,
     num_particles: int = 1,
+    compile: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
     model_kwargs: dict[str, Any] | None = None,
@@ -58,6 +60,7 @@ def fit_mean_field(
         optim: Makes a torch optimizer from a list of parameters.
         loss: A Pyro ELBO.
         num_particles: Draws a step.
+        compile: As of ``fit_svi``.
         seed: Of this fit.
         progress: Whether to show a progress bar.
         model_kwargs: The model's keyword arguments.
@@ -85,7 +88,7 @@ def fit_mean_field(
         C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
         https://arxiv.org/abs/2307.11018
     """
-    options = Options(num_steps, batch_size, lr, optim, loss, num_particles, seed, progress)
+    options = Options(num_steps, batch_size, lr, optim, loss, num_particles, compile, seed, progress)
     kwargs = model_kwargs or {}
     state = pyro.util.get_rng_state()
     with preserved(model) as held:

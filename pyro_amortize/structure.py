@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_amortize.excerpt import Part
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class Structure:
         params: Names of the model's own parameters in the param store.
         shapes: Of the arguments that are tensors.
         empty: Arguments that are None.
+        part: The rows that were examined, if not all; the sizes of plates and ``shapes`` are those of all.
     """
 
     sites: dict[str, Site]
@@ -209,6 +213,7 @@ class Structure:
     params: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    part: Part | None = field(default=None, compare=False)
 
     def site_of(self, name: str) -> Site:
         """Returns a site by its name in the model, or the family that it is of."""

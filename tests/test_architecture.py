@@ -11,7 +11,7 @@ PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
     {"annealing", "arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
-    {"loops", "encoders", "levels", "enumeration", "posterior", "capture"},
+    {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture"},
     {"elbos", "nuts"},
     {"held"},
     {"probes"},
@@ -22,6 +22,7 @@ ORDER = [
     {"planner", "handler"},
     {"guides"},
     {"densities", "minibatch", "pointwise"},
+    {"steps"},
     {"fit", "local_joint"},
     {"reference", "mcmc"},
     {"optimum"},

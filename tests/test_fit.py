@@ -6,11 +6,14 @@ import pytest
 import torch
 from models import AUTOGUIDES, autoguided
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch import nn
 
 from pyro_amortize import AutoAmortizedNormal, Table, fit_svi
+from pyro_amortize.densities import log_densities
+from pyro_amortize.excerpt import LARGE
 from pyro_amortize.minibatch import exact_minibatches
 
 
@@ -163,6 +166,101 @@ class TestMinibatches:
         posterior = fit.guide.posterior(DATA)
         prior = posterior.mean.get("theta", torch.zeros(()))
         torch.testing.assert_close(posterior.mean["z"], (DATA + prior) / 2, atol=0.1, rtol=0)
+
+
+class TestManyRows:
+    """Steps, set-up and end of a fit see some rows only."""
+
+    N = 20_000
+
+    def test_no_run_sees_all_rows(self, tmp_path):
+        seen = []
+
+        def model(x):
+            seen.append(len(x))
+            sliced(x)
+
+        x = torch.from_file(str(tmp_path / "x.bin"), shared=True, size=1_000_000).normal_()
+        guide = AutoAmortizedNormal(model)
+        fit = fit_svi(model, guide, x, batch_size=50, num_steps=3, seed=0, progress=False)
+        assert max(seen) <= LARGE
+        assert guide.plan.plates == {"data": 1_000_000}
+        assert fit.num_parameters == sum(p.numel() for p in guide.parameters())
+
+    @pytest.mark.parametrize("model", [sliced, indexed], ids=lambda model: model.__name__)
+    @pytest.mark.parametrize("encoder", [None, Table()], ids=["mlp", "table"])
+    def test_losses_of_batches_average_to_the_full_loss(self, model, encoder):
+        x = torch.randn(self.N)
+        guide = AutoAmortizedNormal(model, encoder=encoder, init_scale=1e-4)
+        guide.initialize(x)
+        way = exact_minibatches(model, (x,), {})
+        elbo, parts = TraceMeanField_ELBO(), []
+        for rows in torch.randperm(self.N).split(self.N // 4):
+            args, kwargs, handler = way.rows(rows)
+            guide.row_ids = {} if way.inject else {"data": rows}
+            with handler:
+                parts.append(elbo.loss(model, guide, *args, **kwargs))
+        guide.row_ids = {}
+        assert sum(parts) / 4 == pytest.approx(elbo.loss(model, guide, x), rel=1e-3)
+
+    def test_a_biased_way_is_refused_with_the_reason(self):
+        x, guide = torch.randn(self.N), AutoAmortizedNormal(size_in_the_prior)
+        with pytest.warns(UserWarning, match="batch_size=20 is not used.*at site 'theta'"):
+            fit_svi(size_in_the_prior, guide, x, batch_size=20, num_steps=1, progress=False)
+
+    @pytest.mark.parametrize("model", [sliced, indexed], ids=lambda model: model.__name__)
+    def test_elbo_is_the_log_evidence_where_the_guide_is_exact(self, model):
+        def indexed_guide(x):
+            with pyro.plate("data", len(x)) as i:
+                loc, scale = pyro.param("slope", torch.tensor(0.5)) * x[i], math.sqrt(0.5)
+                pyro.sample("z", dist.Normal(loc, scale))
+
+        def sliced_guide(x):
+            pyro.sample("theta", dist.Delta(torch.tensor(0.0)))
+            indexed_guide(x)
+
+        x = 2.0 * torch.randn(self.N)
+        guide = indexed_guide if model is indexed else sliced_guide
+        fit = fit_svi(model, guide, x, batch_size=50, num_steps=1, lr=1e-9, seed=0, progress=False)
+        exact = float(dist.Normal(0.0, math.sqrt(2.0)).log_prob(x).sum())
+        exact += float(dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))) if model is sliced else 0.0
+        assert fit.elbo_se < 0.01 * abs(exact)
+        assert fit.elbo == pytest.approx(exact, abs=4 * fit.elbo_se)
+
+    def test_elbo_is_that_of_all_rows_where_latents_are_summed_out(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z + 3 * k, 1.0), obs=x)
+
+        x = torch.randn(self.N) + 3 * (torch.rand(self.N) < 0.3)
+        fit = fit_svi(model, AutoAmortizedNormal(model), x, batch_size=100, num_steps=20, seed=0, progress=False)
+        exact = log_densities(model, fit.guide, (x,), {}, num_draws=20).log_ratio
+        se = math.hypot(fit.elbo_se, float(exact.std()) / math.sqrt(20))
+        assert fit.elbo == pytest.approx(float(exact.mean()), abs=4 * se)
+
+    def test_a_table_has_a_row_for_each(self):
+        x = torch.randn(self.N)
+        guide = AutoAmortizedNormal(indexed, encoder=Table())
+        fit = fit_svi(indexed, guide, x, batch_size=5_000, num_steps=200, lr=0.1, seed=0, progress=False)
+        assert fit.num_parameters == 2 * self.N
+        assert float((guide.posterior(x).mean["z"] - x / 2).abs().quantile(0.99)) < 0.3
+
+    def test_a_model_that_insists_on_their_number_is_run_on_all(self):
+        def model(x):
+            with pyro.plate("data", self.N):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        guide, x = AutoAmortizedNormal(model), torch.randn(self.N)
+        fit = fit_svi(model, guide, x, batch_size=50, num_steps=5, seed=0, progress=False)
+        assert fit.losses.isfinite().all()
+
+    @pytest.mark.parametrize("batch_size", [128, 5_000, 6_000])
+    def test_a_guide_that_keeps_to_the_rows_it_saw_first_fails(self, batch_size):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            fit_svi(sliced, AutoNormal(sliced), torch.randn(self.N), batch_size=batch_size, num_steps=2, progress=False)
 
 
 class TestRecord:

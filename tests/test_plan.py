@@ -1,10 +1,12 @@
 """Plans, from facts."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import CASES, SIGMA, TAU
+from models import CASES, SIGMA, TAU, TOTAL
 from pyro import poutine
 
 from pyro_amortize import AmortizationPlan, AutoAmortizedNormal, plan_amortization
@@ -238,3 +240,104 @@ def test_a_prior_without_data_is_guided_whole():
 
     plan = plan_amortization(model, 2.0)
     assert [(block.sites, block.rows) for block in plan.blocks] == [(("a",), 1), (("b",), 3)]
+
+
+@pytest.fixture
+def part_of_few(monkeypatch):
+    """Counts more than 20 rows as many, and looks at 12 of them and those of the extremes."""
+    monkeypatch.setattr("pyro_amortize.excerpt.LARGE", 20)
+    monkeypatch.setattr("pyro_amortize.examination.FEW", 12)
+
+
+def many_rows(monkeypatch, model, *args):
+    """Returns the plans from a part of the rows and from all, and whether there was a part."""
+    facts = examine(model, args, {})
+    monkeypatch.setattr("pyro_amortize.excerpt.LARGE", 10**9)
+    return build_plan(facts), build_plan(examine(model, args, {})), facts.part is not None
+
+
+class TestPartOfTheRows:
+    """Of a long call some rows are looked at; the plan is that of all. Closures and indices leave no choice."""
+
+    WITHOUT = ("conditioned", "closure", "forecast", "explicit_subsample")
+
+    @cases
+    def test_plans_of_the_zoo_are_those_of_all_rows(self, name, part_of_few, monkeypatch):
+        case = CASES[name]
+        args, kwargs = case.example(TOTAL if case.resizable else None)
+        model = case.make()
+        facts = examine(model, args, kwargs)
+        assert (facts.part is None) is (name in self.WITHOUT)
+        monkeypatch.setattr("pyro_amortize.excerpt.LARGE", 10**9)
+        whole = examine(model, args, kwargs)
+        assert build_plan(facts) == build_plan(whole)
+        assert facts.plates == whole.plates
+
+    def test_groups_nan_and_gaps_of_late_rows_are_seen(self, monkeypatch):
+        def model(y, group, mask):
+            with pyro.plate("groups", int(group.max()) + 1):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Normal(b[..., group], 1.0))
+                there = mask & ~y.isnan()
+                with poutine.mask(mask=there):
+                    pyro.sample("y", dist.Normal(z, 1.0), obs=y.nan_to_num())
+
+        n = 15_000
+        y, group, mask = torch.randn(n), torch.arange(n) * 3 // n, torch.ones(n, dtype=torch.bool)
+        y[-2], group[-1], mask[-3] = torch.nan, 7, False
+        part, whole, there = many_rows(monkeypatch, model, y, group, mask)
+        assert there
+        assert part == whole
+        assert part.plates == {"groups": 8, "data": n}
+        assert part.block_of("z").sources[0].missing
+
+    def test_nan_in_one_late_row_has_a_column(self, monkeypatch):
+        def model(y):
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                with poutine.mask(mask=~y.isnan()):
+                    pyro.sample("y", dist.Normal(z, 1.0), obs=y.nan_to_num())
+
+        y = torch.randn(15_000)
+        y[-1] = torch.nan
+        guide = AutoAmortizedNormal(model)
+        guide.initialize(y)
+        assert guide.plan.block_of("z").features == 2
+        assert guide.posterior(y[-3:]).mean["z"].isfinite().all()
+
+    def test_a_number_that_depends_on_that_of_the_rows_is_taken_from_all(self, monkeypatch):
+        def model(x):
+            with pyro.plate("components", int(math.log(len(x)))):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(b.sum(), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        part, whole, there = many_rows(monkeypatch, model, torch.randn(15_000))
+        assert not there
+        assert part == whole
+        assert part.plates["components"] == 9
+
+    def test_models_that_insist_on_their_number_of_rows_are_run_on_all(self, monkeypatch):
+        def model(x):
+            with pyro.plate("data", 15_000):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        part, whole, there = many_rows(monkeypatch, model, torch.randn(15_000))
+        assert not there
+        assert part == whole
+
+    def test_nothing_is_changed_by_looking(self):
+        def model(x):
+            width = pyro.param("width", lambda: torch.ones(len(x)))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, width), obs=x)
+
+        before = torch.get_rng_state()
+        x = torch.randn(15_000, generator=torch.Generator().manual_seed(0))
+        plan_amortization(model, x)
+        assert torch.equal(before, torch.get_rng_state())
+        assert "width" not in pyro.get_param_store()
