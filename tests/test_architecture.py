@@ -12,7 +12,7 @@ ORDER = [
     # A module imports only from lines above its own.
     {"annealing", "arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
     {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture"},
-    {"elbos"},
+    {"elbos", "nuts"},
     {"held"},
     {"probes"},
     {"latents", "sources"},

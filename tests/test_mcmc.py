@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -43,8 +44,20 @@ class TestMCMC:
         with pytest.raises(ValueError, match="engine='stan'"):
             run_mcmc(model, torch.randn(3, 3), engine="stan")
 
-    def test_a_seed_repeats_and_none_goes_on(self):
-        options = {"num_samples": 4, "warmup_steps": 2, "num_chains": 1, "progress": False}
+    def test_nutpie_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "nutpie", None)
+        monkeypatch.setitem(sys.modules, "nutpie.compiled_pyfunc", None)
+        options = {"num_samples": 4, "warmup_steps": 2, "num_chains": 1, "seed": 0, "progress": False}
+        with pytest.raises(ImportError, match=r'pip install "pyro_amortize\[nutpie\]"'):
+            run_mcmc(model, torch.randn(3, 3), engine="nutpie", **options)
+        fit = run_mcmc(model, torch.randn(3, 3), **options)
+        assert fit.engine == "pyro"
+        assert fit.fallback is None
+        assert "4 draws by pyro" in str(fit)
+
+    @pytest.mark.parametrize("engine", ["auto", "pyro"])
+    def test_a_seed_repeats_and_none_goes_on(self, engine):
+        options = {"engine": engine, "num_samples": 4, "warmup_steps": 2, "num_chains": 1, "progress": False}
         x = torch.randn(4, 3)
         first, same = (run_mcmc(model, x, seed=3, **options).samples["z"] for _ in range(2))
         assert torch.equal(first, same)

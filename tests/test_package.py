@@ -24,7 +24,7 @@ before = state()
 import pyro_amortize
 assert repr(state()) == repr(before)
 import sys
-heavy = {"matplotlib", "sklearn"} & set(sys.modules)
+heavy = {"matplotlib", "nutpie", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
 
