@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_amortize.parameters import preserved
 
-OFTEN = 10
+OFTEN = 40
 """At which call with the same shapes a function is recorded."""
 ESCAPES = ("numpy", "__array__", "tolist")
 INDEXING = {getattr(torch.ops.aten, name).default for name in ("index_put", "index_put_", "_unsafe_index_put")}

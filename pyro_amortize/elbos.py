@@ -52,14 +52,15 @@ class CapturedLoss:
         model: The model.
         guide: The guide.
         worthwhile: Tells whether to compile a graph, from it, its runs so far, and whether it is the first.
+        warns: Whether to warn where something is left to Pyro, or not compiled.
 
     Attributes:
         seconds: Wall-clock time of recording, compiling and checking.
         doubt: Why calls are left to Pyro, if they are.
     """
 
-    def __init__(self, elbo: Any, model: Model, guide: Model, worthwhile: Worthwhile) -> None:
-        self.elbo, self.model, self.guide, self.worthwhile = elbo, model, guide, worthwhile
+    def __init__(self, elbo: Any, model: Model, guide: Model, worthwhile: Worthwhile, warns: bool = True) -> None:
+        self.elbo, self.model, self.guide, self.worthwhile, self.warns = elbo, model, guide, worthwhile, warns
         self.seconds = 0.0
         self.doubt: str | None = None
         self._kinds: dict[Any, list[_Recorded]] = {}
@@ -94,13 +95,13 @@ class CapturedLoss:
             return recorded.run(call)
         except Uncapturable as reason:
             self.doubt = str(reason)
-            _warn(f"its loss is left to Pyro, since {reason}.")
+            self._warn(f"its loss is left to Pyro, since {reason}.")
             return None
 
     def _refuse_more_kinds(self) -> None:
         if not self._is_crowded:
             self._is_crowded = True
-            _warn(
+            self._warn(
                 "shapes or Python values among the arguments change from call to call. Calls of the first "
                 f"{MOST_KINDS} kinds run on graphs, all others are left to Pyro."
             )
@@ -145,7 +146,7 @@ class CapturedLoss:
                 recorded.compiled = recorded.graph.compiled([*recorded.parameters, *call.tensors])
         except Uncapturable as reason:
             recorded.compiled = recorded.graph
-            _warn(f"the graph of its loss runs without being compiled, since {reason}.")
+            self._warn(f"the graph of its loss runs without being compiled, since {reason}.")
 
     def _checked(self, recorded: _Recorded, call: _Arguments) -> Evaluated:
         """Runs a graph beside the model as it is, same draws."""
@@ -159,12 +160,16 @@ class CapturedLoss:
             pyro.util.set_rng_state(state)
             if recorded.compiled is not None and recorded.compiled is not recorded.graph:
                 recorded.compiled = recorded.graph
-                _warn("the graph of its loss runs without being compiled, since compiled code has other results.")
+                self._warn("the graph of its loss runs without being compiled, since compiled code has other results.")
                 return self._checked(recorded, call)
         raise Uncapturable(
             f"its graph gives {float(found.loss):.6g} where the model gives {float(loss):.6g} with the same draws: it "
             f"reads something that changes and is no argument, such as a Python number; pass that as an argument"
         )
+
+    def _warn(self, text: str) -> None:
+        if self.warns:
+            warnings.warn(f"compiled ELBO: {text}", UserWarning, stacklevel=4)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -455,7 +460,3 @@ def _agree(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     size = sum(float(e.square().sum()) for e in expected[1:]) ** 0.5
     off = sum(float((e - f).square().sum()) for e, f in zip(expected[1:], found[1:], strict=True)) ** 0.5
     return not off > 1e-3 * (1 + size)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"compiled ELBO: {text}", UserWarning, stacklevel=2)

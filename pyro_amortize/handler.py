@@ -286,7 +286,8 @@ class GuidedRun(Messenger):
                 )
         self._parameters[block.name] = parameters
         marks = self._with_data.get(block.name)
-        if self.answering and marks is not None and bool(marks.all()):
+        other_size = marks is not None and list(marks.shape) != self._sizes[block.name]  # which is refused in its turn
+        if marks is not None and (other_size or (self.answering and bool(marks.all()))):
             self._with_data[block.name] = None
         return parameters
 

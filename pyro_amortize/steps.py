@@ -100,6 +100,11 @@ class Steps:
         """Wall-clock time of recording, compiling and checking graphs."""
         return self.captured.seconds if self.captured is not None else 0.0
 
+    @property
+    def left_to_pyro(self) -> str | None:
+        """Why there is no graph where there should be one."""
+        return self.captured.doubt if self.captured is not None else None
+
     def take(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float:
         """Takes one step; returns the loss.
 
@@ -166,7 +171,7 @@ class Steps:
         model, guide = self.model, self.guide
         if isinstance(handler, Rescaled):
             model, guide = OnRows(model, handler), OnRows(guide, handler)
-        self.captured = CapturedLoss(elbo, model, guide, self._is_worthwhile)
+        self.captured = CapturedLoss(elbo, model, guide, self._is_worthwhile, self.options.compile is True)
 
     def _is_worthwhile(self, graph: Graph, runs: int, first: bool) -> bool:
         """Tells whether compiling saves more time than it takes: by size alone, so that a seed gives the same fit."""

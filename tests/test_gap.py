@@ -102,7 +102,6 @@ def test_permuting_rows_permutes_the_report():
         assert (np.abs(error) < 5 * se + 2e-3).all()
 
 
-@pytest.mark.filterwarnings("ignore:compiled ELBO:UserWarning")  # the mask is in a closure
 @pytest.mark.parametrize("way", ["mask", "subsample"])
 def test_rows_that_are_masked_or_subsampled(way):
     mask = torch.arange(40) % 4 != 0
