@@ -11,8 +11,8 @@ check that all do the same. Then they take turns. ``fit_svi`` makes its own opti
 turn of it is a fit from the start; the clock stands until it has taken as many first steps, and while it judges the
 guide in the end.
 
-Run it with ``python benchmarks/steps.py``, an hour on two cores, or ``--quick``, five minutes; ``--only`` picks models.
-Tables are printed and, unless ``--quick``, written to ``benchmarks/RESULTS.md``.
+Run it with ``python benchmarks/steps.py``, half an hour on two cores, or ``--quick``, five minutes; ``--only`` picks
+models. Tables are printed and, unless ``--quick``, written to ``benchmarks/RESULTS.md``.
 """
 
 import time
@@ -45,10 +45,10 @@ LR = 1e-3
 SCANNED = 10
 PEER = "hand-written guide, TraceMeanField_ELBO, SVI.step"
 SIZES = {
-    "rounds": (15, 2, "turns of each contender"),
-    "fit-rounds": (5, 1, "turns of fit_svi, which take longer"),
+    "rounds": (9, 2, "turns of each contender"),
+    "fit-rounds": (3, 1, "turns of fit_svi, which take longer"),
     "turn": (0.5, 0.05, "seconds of a turn, about"),
-    "fit-turn": (2.0, 0.2, "seconds that as many steps of the hand-written guide take as a turn of fit_svi has"),
+    "fit-turn": (1.0, 0.2, "seconds that as many steps of the hand-written guide take as a turn of fit_svi has"),
     "first": (200, 20, "steps that each contender takes before"),
     "only": ("", "", "part of the names of the models to measure"),
 }

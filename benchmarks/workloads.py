@@ -6,6 +6,8 @@ networks are the same in all, but for the scales, which are exp of the encoder's
 hand and softplus in generated ones.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -28,6 +30,10 @@ def kl(loc, scale, prior_loc, prior_scale):
 def draw(loc, scale):
     """Draws from normals."""
     return loc + scale * torch.randn_like(loc)
+
+
+NUMBERS = itertools.count()
+"""Names of modules in the param store: Pyro would not train one under the name of another."""
 
 
 class Normals(nn.Module):
@@ -93,6 +99,7 @@ class VAE(nn.Module):
 
     def __init__(self, hidden, batch):
         super().__init__()
+        self.number = next(NUMBERS)
         self.hidden, self.batch = hidden, batch
         self.encoder = Encoder(nn.Sequential(nn.Linear(self.pixels, hidden), nn.Softplus()), hidden, self.code)
         self.decoder = nn.Sequential(nn.Linear(self.code, hidden), nn.Softplus(), nn.Linear(hidden, self.pixels))
@@ -102,13 +109,13 @@ class VAE(nn.Module):
         return ((torch.rand(self.rows, self.pixels) < torch.rand(self.pixels).square()).float(),)
 
     def model(self, x):
-        pyro.module(f"decoder{id(self)}", self.decoder)
+        pyro.module(f"decoder{self.number}", self.decoder)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.code), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
     def guide(self, x):
-        pyro.module(f"encoder{id(self)}", self.encoder)
+        pyro.module(f"encoder{self.number}", self.encoder)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(*self.encoder(x)).to_event(1))
 
@@ -137,6 +144,7 @@ class Linear(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.number = next(NUMBERS)
         self.theta = Normals()
         self.encoder = Encoder(MLP((64, 64))(1), 64, 1)
         self.our_encoder = MLP((64, 64))
@@ -151,7 +159,7 @@ class Linear(nn.Module):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(self, x):
-        pyro.module(f"guide{id(self)}", self)
+        pyro.module(f"guide{self.number}", self)
         pyro.sample("theta", dist.Normal(*self.theta()))
         with pyro.plate("data", len(x)):
             loc, scale = self.encoder(x[:, None])
@@ -189,6 +197,7 @@ class Groups(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.number = next(NUMBERS)
         self.mu, self.tau, self.sigma = Normals(2), Normals(2), Normals()
         self.phi = MLP((64, 64))(2)
         self.encoder = Encoder(MLP((64, 64))(67), 64, 2)
@@ -216,7 +225,7 @@ class Groups(nn.Module):
         return torch.cat([sums[:, :-1] / sums[:, -1:].clamp(min=1), sums[:, -1:].log1p()], -1)
 
     def guide(self, x, y, group):
-        pyro.module(f"guide{id(self)}", self)
+        pyro.module(f"guide{self.number}", self)
         pyro.sample("mu", dist.Normal(*self.mu()).to_event(1))
         pyro.sample("tau", dist.LogNormal(*self.tau()).to_event(1))
         pyro.sample("sigma", dist.LogNormal(*self.sigma()))

@@ -43,7 +43,7 @@ class SVIFit:
         num_steps: Number of steps.
         seconds: Wall-clock time of everything.
         compile_seconds: Wall-clock time of it that recording, compiling and checking graphs took.
-        left_to_pyro: Why steps ran under Pyro where a graph was tried; None if none was, or it ran.
+        fallback: Why steps ran under Pyro where a graph was tried; None if none was, or it ran.
         num_parameters: Size of the guide; the model's own parameters do not count.
         model: What the guide was fitted to; not a copy.
         args: Its positional arguments.
@@ -59,7 +59,7 @@ class SVIFit:
     seconds: float
     num_parameters: int
     compile_seconds: float = 0.0
-    left_to_pyro: str | None = None
+    fallback: str | None = None
     model: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -114,7 +114,7 @@ def fit_svi(
         compile: Whether steps run on a compiled graph instead of under Pyro, see
             :class:`~pyro_amortize.elbos.CompiledTrace_ELBO`; of ``Trace_ELBO`` and ``TraceMeanField_ELBO`` only.
             "auto" records a graph from 300 steps on, and compiles it where by its size that saves more time than it
-            takes; where there can be no graph, the record says why in ``left_to_pyro``. True insists, and warns there.
+            takes; where there can be no graph, the record says why in ``fallback``. True insists, and warns there.
             Losses are the same to rounding either way.
         seed: Of this fit; the global random state is then left alone.
         progress: Whether to show a progress bar with the loss.
@@ -190,7 +190,7 @@ def train(
         seconds=time.perf_counter() - start,
         num_parameters=num_parameters,
         compile_seconds=steps.compile_seconds,
-        left_to_pyro=steps.left_to_pyro,
+        fallback=steps.fallback,
         model=model,
         args=args,
         kwargs=kwargs,

@@ -330,9 +330,15 @@ class GuidedRun(Messenger):
             return []
         if isinstance(coder, Rows):
             return coder(torch.arange(math.prod(reading.sizes)))  # type: ignore[no-any-return]
-        features = self.guide.preparation_of(block)(reading.cells, self.guide.dtype)
+        prepare = self.guide.preparation_of(block)
+        features = prepare(reading.cells, self.guide.dtype, looks=not self.answering)
         rows = self.guide.features_of(block, coder, features, reading)
-        return in_pieces(coder, rows, LIMIT // 8) if self.answering else coder(rows)  # type: ignore[no-any-return]
+        if not self.answering:
+            return coder(rows)  # type: ignore[no-any-return]
+        parts = in_pieces(coder, rows, LIMIT // 8)
+        if any(has_nan(part) for part in parts):  # many data are quicker to look at when they are answers
+            prepare(reading.cells, self.guide.dtype)
+        return parts
 
     def _find_given(self) -> None:
         """Finds what this call observes of the discrete sites that encoders see before the model comes to them.

@@ -46,18 +46,19 @@ class Inputs(nn.Module):
         self.register_buffer("scale", torch.ones(columns))
         self._stands = auto and bool(self._indicators().all())  # nothing to be centred or filled
 
-    def forward(self, rows: list[Cells], dtype: torch.dtype) -> Tensor:
+    def forward(self, rows: list[Cells], dtype: torch.dtype, looks: bool = True) -> Tensor:
         """Prepares data.
 
         Args:
             rows: For each source a tensor of shape (..., *shape of one cell), and which of it is there.
             dtype: Of the features.
+            looks: Whether to look for NaN that no column marks; if not, features may hold them.
 
         Returns:
             Features of shape (..., features). They may be the data themselves: not to be changed in place.
         """
         if self.prepare == "auto":
-            features = self._columns(rows, dtype)
+            features = self._columns(rows, dtype, looks)
             features = features if self._stands else (features - self.shift) / self.scale
             if not any(source.missing for source in self.sources):
                 return features
@@ -89,7 +90,7 @@ class Inputs(nn.Module):
         self.shift = torch.where(free, 0.0, mean)
         self.scale = torch.where(free | flat, 1.0, spread)
 
-    def _columns(self, rows: list[Cells], dtype: torch.dtype) -> Tensor:
+    def _columns(self, rows: list[Cells], dtype: torch.dtype, looks: bool = True) -> Tensor:
         """The columns before they are scaled, NaN where something is missing and no indicator."""
         columns = []
         for (value, present), source in zip(rows, self.sources, strict=True):
@@ -97,7 +98,7 @@ class Inputs(nn.Module):
             lacking = None
             if source.missing:
                 lacking = flat.isnan() if present is None else flat.isnan() | ~_flat(present, source)
-            elif not is_recorded() and has_nan(flat):
+            elif (looks or source.kind == "category") and not is_recorded() and has_nan(flat):
                 raise ValueError(
                     f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
                     f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
@@ -145,9 +146,9 @@ class Preparation(nn.ModuleList):
     def __init__(self, levels: Sequence[Level], prepare: Prepare) -> None:
         super().__init__(Inputs(level.sources, prepare) for level in levels)
 
-    def forward(self, cells: list[list[Cells]], dtype: torch.dtype) -> list[Tensor | None]:
+    def forward(self, cells: list[list[Cells]], dtype: torch.dtype, looks: bool = True) -> list[Tensor | None]:
         """Returns features of shape (..., *plates, features) for each level, None for one without data."""
-        return [part(rows, dtype) if rows else None for part, rows in zip(self, cells, strict=True)]
+        return [part(rows, dtype, looks) if rows else None for part, rows in zip(self, cells, strict=True)]
 
     def measure(self, cells: list[list[Cells]], dtype: torch.dtype) -> None:
         """Takes the statistics of the preparation from example data."""

@@ -101,7 +101,7 @@ class Steps:
         return self.captured.seconds if self.captured is not None else 0.0
 
     @property
-    def left_to_pyro(self) -> str | None:
+    def fallback(self) -> str | None:
         """Why there is no graph where there should be one."""
         return self.captured.doubt if self.captured is not None else None
 

@@ -79,7 +79,13 @@ def doubts(elbo):
     return [loss.doubt for loss in elbo._captured.values()]
 
 
-@pairs
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(PAIRS["Trace"], marks=pytest.mark.slow, id="Trace"),
+        pytest.param(PAIRS["MeanField"], id="MeanField"),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_pyro_s_draw_by_draw(name, pair):
     case = CASES[name]

@@ -416,6 +416,7 @@ def test_evidence_and_gaps_of_the_mixture():
     assert (report.per_datum["inference_gap"] > -4 * report.per_datum["inference_gap_se"] - 2e-3).all()
 
 
+@pytest.mark.slow
 def test_evidence_of_series():
     guide = AutoAmortizedNormal(padded)
     fit_svi(padded, guide, SERIES, LENGTH, num_steps=200, seed=0, progress=False)

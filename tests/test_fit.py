@@ -12,6 +12,7 @@ from pyro.optim import Adam
 from torch import nn
 
 from pyro_amortize import AutoAmortizedNormal, Table, fit_svi
+from pyro_amortize.capture import Graph
 from pyro_amortize.densities import log_densities
 from pyro_amortize.excerpt import LARGE
 from pyro_amortize.minibatch import exact_minibatches
@@ -386,3 +387,81 @@ def test_pyro_s_guides_are_trained(make, stepped):
     assert fit.guide is guide
     assert fit.num_parameters == sum(p.numel() for p in guide.parameters())
     assert fit.losses[-10:].mean() < fit.losses[:10].mean()
+
+
+class TestCompile:
+    @pytest.fixture
+    def uncompiled(self, monkeypatch):
+        """Graphs run as recorded: a compiler takes seconds for each."""
+        monkeypatch.setattr(Graph, "compiled", lambda graph, inputs: graph)
+
+    @staticmethod
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(theta, pyro.param("width", torch.ones(()), dist.constraints.positive)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    @staticmethod
+    def indexed(x):
+        with pyro.plate("data", len(x)) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+    @pytest.mark.parametrize("encoder", [None, Table()], ids=["encoder", "table"])
+    @pytest.mark.parametrize("batch_size", [None, 16], ids=["all", "batches"])
+    @pytest.mark.parametrize("kind", ["model", "indexed"])
+    def test_a_seed_gives_the_same_fit_either_way(self, kind, batch_size, encoder, uncompiled):
+        def take(compile):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            model = getattr(self, kind)
+            guide = AutoAmortizedNormal(model, encoder=encoder)
+            options = {"num_steps": 40, "batch_size": batch_size, "seed": 0, "compile": compile, "progress": False}
+            return fit_svi(model, guide, DATA, **options)
+
+        plain, graph = take(False), take(True)
+        assert plain.compile_seconds == 0 < graph.compile_seconds < graph.seconds
+        assert plain.fallback is graph.fallback is None
+        torch.testing.assert_close(graph.losses, plain.losses, rtol=1e-4, atol=1e-3)
+        assert graph.elbo == pytest.approx(plain.elbo, rel=1e-4)
+        assert "compiling" in str(graph)
+        assert "compiling" not in str(plain)
+
+    def test_guides_written_by_hand_and_other_losses(self, uncompiled):
+        def guide(x):
+            pyro.sample("theta", dist.Normal(pyro.param("loc", torch.zeros(())), 0.5))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(pyro.param("slope", torch.zeros(())) * x, 0.7))
+
+        options = {"num_steps": 30, "seed": 0, "progress": False, "loss": Trace_ELBO(num_particles=2)}
+        fits = [fit_svi(self.model, guide, DATA, compile=True, **options)]
+        pyro.clear_param_store()
+        fits.append(fit_svi(self.model, guide, DATA, compile=False, **options))
+        torch.testing.assert_close(fits[0].losses, fits[1].losses, rtol=1e-4, atol=1e-3)
+
+    def test_an_automatic_fit_says_in_its_record_why_there_is_no_graph(self):
+        def model(x):
+            scale = 2.0 if float(x.mean()) > 100 else 1.0
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, scale))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        fit = fit_svi(model, AutoAmortizedNormal(model), DATA, num_steps=300, progress=False)
+        assert "Python number or a branch" in fit.fallback
+        with pytest.warns(UserWarning, match="Python number or a branch"):
+            fit_svi(model, AutoAmortizedNormal(model), DATA, num_steps=5, compile=True, progress=False)
+
+    def test_a_loss_that_has_no_compiled_form(self):
+        options = {"num_steps": 5, "loss": RenyiELBO(num_particles=2), "progress": False}
+        with pytest.warns(UserWarning, match="RenyiELBO has no compiled form"):
+            fit_svi(self.model, AutoAmortizedNormal(self.model), DATA, compile=True, **options)
+        fit_svi(self.model, AutoAmortizedNormal(self.model), DATA, **options)
+
+    def test_short_fits_do_not_pay(self):
+        fit = fit_svi(self.model, AutoAmortizedNormal(self.model), DATA, num_steps=50, progress=False)
+        assert fit.compile_seconds == 0
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="compile='yes'. Expected True, False or 'auto'"):
+            fit_svi(self.model, AutoAmortizedNormal(self.model), DATA, compile="yes", progress=False)

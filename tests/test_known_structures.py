@@ -528,6 +528,7 @@ def test_an_argument_that_only_equals_the_index_is_none():
     assert [level.link.argument for level in levels if level.link] == ["group"]
 
 
+@pytest.mark.slow
 def test_data_of_another_plate_beside_indexed_rows():
     def model(y, group, t):
         with pyro.plate("groups", 5, dim=-2):

@@ -161,6 +161,7 @@ class TestDistribution:
         fit.samples["z"].sub_(mean).mul_(factor).add_(mean)
         assert (off(fit, known).abs() > 4.5).any()
 
+    @pytest.mark.slow
     def test_is_pyros(self):
         case = CASES["constrained_globals"]
         args, _ = case.example(1)
@@ -199,17 +200,17 @@ class TestDistribution:
 @pytest.mark.parametrize(
     "name",
     [
-        "constrained_globals",
+        pytest.param("constrained_globals", marks=pytest.mark.slow),
         "covariates_in_prior",
-        "factorization",
-        "grouped",
+        pytest.param("factorization", marks=pytest.mark.slow),
+        pytest.param("grouped", marks=pytest.mark.slow),
         "keyword_only",
         "lognormal",
-        "module",
+        pytest.param("module", marks=pytest.mark.slow),
         "nan_under_a_mask",
         "nested_arguments",
         "several_observed",
-        "supports",
+        pytest.param("supports", marks=pytest.mark.slow),
         "tones",
         "vae",
     ],
