@@ -1,8 +1,8 @@
 """How many seconds does NUTS take for each effective sample: ours, Pyro's, NumPyro's?
 
 The model has a latent for each of 500 rows, 502 in all: theta ~ N(0, 3), s ~ LogNormal(0, 1), z_n ~ N(theta, 1),
-y_n ~ N(z_n X_n, s). Each sampler runs one chain of 1,000 draws after 1,000 of warm-up, in a process of its own where
-nothing has been compiled; seconds count compiling and not imports. The effective sample size is the bulk one by ArviZ,
+y_n ~ N(z_n X_n, s). Each sampler runs one chain of 1,000 draws after 1,000 of warm-up (ours four, too, which is its
+default), in a process of its own where nothing has been compiled; seconds count compiling and not imports. The effective sample size is the bulk one by ArviZ,
 of the element where it is least. All tell the posterior mean of s, which should agree.
 
 Run it with ``python benchmarks/mcmc.py``, half an hour on two cores, or ``--quick``, two minutes; ``--only`` picks
@@ -70,7 +70,7 @@ def main():
         texts = spread(seconds), spread(sizes), spread([1e3 * c for c in cost[name]]), ratios(cost[name], cost[PEER])
         rows.append((name, *texts, spread(means), shortly(max(memory))))
     head = ("Sampler", "s", "least ESS", "ms an effective sample", "ratio to Pyro's", "mean of s", "peak MB")
-    sizes = f"{options.rows} rows, one chain of {options.draws} draws after {options.draws} of warm-up"
+    sizes = f"{options.rows} rows, chains of {options.draws} draws after {options.draws} of warm-up, one if not said"
     what = f"{sizes}; {machine('numpyro', 'jax', 'nutpie', threads=options.threads)}"
     publish("Seconds of an effective sample", [what, "", *table(head, rows)], options.quick)
 
@@ -87,14 +87,15 @@ def measured(name, rows, draws, seed):
     return seconds, least, float(samples["s"].mean())
 
 
-# Samplers: from data to draws of each site, shape (1, draws, *shape of the site).
+# Samplers: from data to draws of each site, shape (chains, draws, *shape of the site).
 
 
-def with_engine(engine):
+def with_engine(engine, num_chains=1):
     """Makes a sampler of ours."""
 
     def run(x, y, draws, seed):
-        options = {"num_samples": draws, "warmup_steps": draws, "num_chains": 1, "seed": seed, "progress": False}
+        options = {"num_samples": draws, "warmup_steps": draws, "num_chains": num_chains}
+        options |= {"seed": seed, "progress": False}
         return run_mcmc(model, x, y, engine=engine, **options).samples
 
     return run
@@ -125,6 +126,7 @@ def with_numpyro(x, y, draws, seed):
 
 SAMPLERS = {
     'run_mcmc(engine="nutpie")': with_engine("nutpie"),
+    'run_mcmc(engine="nutpie"), four chains': with_engine("nutpie", 4),
     'run_mcmc(engine="pyro")': with_engine("pyro"),
     PEER: with_pyro(False),
     "Pyro's NUTS(jit_compile=True)": with_pyro(True),
