@@ -1,9 +1,9 @@
 """How many seconds does NUTS take for each effective sample: ours, Pyro's, NumPyro's?
 
 The model has a latent for each of 500 rows, 502 in all: theta ~ N(0, 3), s ~ LogNormal(0, 1), z_n ~ N(theta, 1),
-y_n ~ N(z_n X_n, s). Each sampler runs one chain of 1,000 draws after 1,000 of warm-up (ours four, too, which is its
-default), in a process of its own where nothing has been compiled; seconds count compiling and not imports. The effective sample size is the bulk one by ArviZ,
-of the element where it is least. All tell the posterior mean of s, which should agree.
+y_n ~ N(z_n X_n, s). Each sampler runs one chain of 1,000 draws after 1,000 of warm-up (ours also four, its default), in
+a process of its own where nothing has been compiled; seconds count compiling and not imports. The effective sample size
+is the bulk one by ArviZ, of the element where it is least. All tell the posterior mean of s, which should agree.
 
 Run it with ``python benchmarks/mcmc.py``, half an hour on two cores, or ``--quick``, two minutes; ``--only`` picks
 samplers. Tables are printed and, unless ``--quick``, written to ``benchmarks/RESULTS.md``.
