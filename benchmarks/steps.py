@@ -45,7 +45,7 @@ LR = 1e-3
 SCANNED = 10
 PEER = "hand-written guide, TraceMeanField_ELBO, SVI.step"
 SIZES = {
-    "rounds": (9, 2, "turns of each contender"),
+    "rounds": (7, 2, "turns of each contender"),
     "fit-rounds": (3, 1, "turns of fit_svi, which take longer"),
     "turn": (0.5, 0.05, "seconds of a turn, about"),
     "fit-turn": (1.0, 0.2, "seconds that as many steps of the hand-written guide take as a turn of fit_svi has"),
