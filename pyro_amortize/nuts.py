@@ -125,8 +125,8 @@ class NutpieChains:
         def density(vector: np.ndarray) -> tuple[float, np.ndarray]:
             try:
                 if not errors:
-                    value, gradient = self._graph([torch.from_numpy(vector).to(start)])
-                    return float(value), gradient.double().cpu().numpy()
+                    value, gradient = self._graph([torch.from_numpy(vector).to(start.device)])
+                    return value.item(), gradient.cpu().numpy()
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 pass
             except Exception as error:  # nutpie would panic
@@ -146,7 +146,7 @@ class NutpieChains:
                 [np.dtype(np.float64)],
                 [(len(start),)],
                 ["point"],
-                make_initial_point_fn=lambda _: start.double().cpu().numpy(),
+                make_initial_point_fn=lambda _: start.cpu().numpy(),
             )
             try:
                 trace = self._nutpie.sample(
@@ -213,8 +213,8 @@ class NutpieChains:
 
 
 def _flat(values: dict[str, Tensor]) -> Tensor:
-    """Returns values as one vector, of a dtype that holds all."""
-    return torch.cat([value.detach().flatten() for value in values.values()])
+    """Returns values as one vector of float64, as nutpie has it; the graph takes them back to the model's dtypes."""
+    return torch.cat([value.detach().flatten().double() for value in values.values()])
 
 
 def _is_worth_compiling(graph: Graph, num_steps: int) -> bool:
