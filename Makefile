@@ -12,7 +12,7 @@ STAMP = $(VENV)/.installed
 demo: $(STAMP)
 	$(VENV)/bin/python tutorials/demo.py
 
-# All, one after the other, three hours; BENCH=steps picks one, and BENCH_OPTIONS=--quick is handed on.
+# All, one after the other, hours; BENCH=steps picks one, and BENCH_OPTIONS=--quick is handed on.
 # IMAGES=path/to/t10k-images-idx3-ubyte.gz saves the download of digits.
 BENCH ?= digits steps scaling mcmc posteriors
 bench: $(STAMP)

@@ -197,18 +197,18 @@ def _moments(fn: Any) -> tuple[Tensor, Tensor]:
 
 
 def _moments_of_draws(fn: Any, base: Any, transforms: Sequence[Transform]) -> tuple[Tensor, Tensor]:
-    """Takes draws that share their noise between elements, so that an element's answer is its own."""
-    batch = fn.batch_shape
-    loc, scale = (value.reshape(-1, *value.shape[len(batch) :]) for value in (base.loc, base.scale))
+    """Takes draws, some at a time, that share their noise between elements, so that an element's answer is its own."""
+    batch = len(fn.batch_shape)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(DRAWS, 1, *loc.shape[1:], dtype=loc.dtype, generator=generator).to(loc.device)
-    count = max(1, LIMIT // noise.numel())
-    found = []
-    for part, spread in zip(loc.split(count), scale.split(count), strict=True):
-        draws = _mapped(part + spread * noise, transforms)
-        found.append(torch.stack([draws.mean(0), draws.std(0)]))
-    mean, stddev = torch.cat(found, 1).unflatten(1, batch or (1,))
-    return (mean, stddev) if batch else (mean[0], stddev[0])
+    shape = (DRAWS, *(1,) * batch, *base.loc.shape[batch:])
+    noise = torch.randn(shape, dtype=base.loc.dtype, generator=generator).to(base.loc.device)
+    median = _mapped(base.loc, transforms)
+    total, squares = torch.zeros_like(median), torch.zeros_like(median)
+    for part in noise.split(max(1, LIMIT // max(1, base.loc.numel()))):
+        off = _mapped(base.loc + base.scale * part, transforms) - median
+        total, squares = total + off.sum(0), squares + off.square().sum(0)
+    mean = total / DRAWS
+    return median + mean, ((squares / DRAWS - mean.square()).clamp(min=0) * DRAWS / (DRAWS - 1)).sqrt()
 
 
 def _on_values(fn: Any) -> Tensor:

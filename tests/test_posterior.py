@@ -48,6 +48,20 @@ def test_other_moments_come_from_draws_of_a_fixed_seed():
     torch.testing.assert_close(stddev, spread, rtol=4 / math.sqrt(2 * DRAWS), atol=0)
 
 
+@pytest.mark.parametrize("limit", [2**21, DRAWS])
+def test_moments_where_every_element_has_bounds_of_its_own(limit, monkeypatch):
+    monkeypatch.setattr("pyro_amortize.posterior.LIMIT", limit)
+    high = torch.tensor([[1.0], [5.0], [9.0]]).expand(3, 2)
+    base = dist.Normal(torch.tensor([-1.0, 0.5]).expand(3, 2), 0.8)
+    posterior = posterior_of(dist.Uniform(0.0, high), base)
+    draws = posterior.sample((20_000,))["z"]
+    error = (posterior.mean["z"] - draws.mean(0)).abs() / (draws.std(0) * (1 / DRAWS + 1 / 20_000) ** 0.5)
+    assert error.max() < 4.5
+    torch.testing.assert_close(posterior.stddev["z"], draws.std(0), rtol=0.06, atol=0.0)
+    one = posterior_of(dist.Uniform(0.0, high[2:]), dist.Normal(base.loc[2:], base.scale[2:]))
+    torch.testing.assert_close(one.mean["z"], posterior.mean["z"][2:])  # whatever stands beside it
+
+
 def test_quantiles_are_exact_and_lead():
     levels = [0.025, 0.5, 0.975]
     quantiles = posterior_of(dist.Gamma(torch.ones(2), 1.0)).quantiles(levels)["z"]
