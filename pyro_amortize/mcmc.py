@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -16,7 +16,6 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.calls import Model
@@ -36,11 +35,8 @@ class MCMCFit:
 
     Attributes:
         samples: Site -> shape (chains, draws, *shape of the site), in constrained space.
-        r_hat: Site -> rank-normalized split R-hat of each element; NaN where an element never changes.
-        ess: Site -> bulk effective sample size of each element.
-        ess_tail: Site -> effective sample size of each element's tails, the smaller one of the 5 % and 95 % quantiles.
         divergences: Divergent transitions after warm-up, all chains together.
-        seconds: Wall-clock time of everything.
+        seconds: Wall-clock time of everything, compiling among it; diagnostics are made when first asked for.
         engine: What drew, "nutpie" or "pyro".
         fallback: Why it was not nutpie, where that is installed.
         diverging: Whether each transition diverged, shape (chains, draws).
@@ -51,9 +47,6 @@ class MCMCFit:
     """
 
     samples: dict[str, Tensor]
-    r_hat: dict[str, Tensor]
-    ess: dict[str, Tensor]
-    ess_tail: dict[str, Tensor]
     divergences: int
     seconds: float
     engine: str | None = None
@@ -63,6 +56,21 @@ class MCMCFit:
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     given: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def r_hat(self) -> dict[str, Tensor]:
+        """Site -> rank-normalized split R-hat of each element; NaN where an element never changes."""
+        return arviz_bridge.r_hat(self.samples)
+
+    @cached_property
+    def ess(self) -> dict[str, Tensor]:
+        """Site -> bulk effective sample size of each element."""
+        return arviz_bridge.ess(self.samples)
+
+    @cached_property
+    def ess_tail(self) -> dict[str, Tensor]:
+        """Site -> effective sample size of each element's tails, the smaller one of the 5 % and 95 % quantiles."""
+        return arviz_bridge.ess(self.samples, "tail")
 
     @property
     def converged(self) -> bool:
@@ -191,7 +199,7 @@ def run_mcmc(
         model_kwargs: The model's keyword arguments.
 
     Returns:
-        Draws with their diagnostics.
+        Draws, and their diagnostics when asked for.
 
     Raises:
         ValueError: A plate of the model subsamples, or an option is out of range.
@@ -217,14 +225,8 @@ def run_mcmc(
         chains, diverged = zip(*(drawing(seed + chain) for chain in range(num_chains)), strict=True)
     diverging = torch.stack(diverged)
     samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
-    diagnostics = (arviz_bridge.r_hat, arviz_bridge.ess, partial(arviz_bridge.ess, method="tail"))
-    bar = tqdm(diagnostics, desc="R-hat and ESS", disable=not progress)
-    r_hat, ess, ess_tail = (diagnostic(samples) for diagnostic in bar)
     return MCMCFit(
         samples=samples,
-        r_hat=r_hat,
-        ess=ess,
-        ess_tail=ess_tail,
         divergences=int(diverging.sum()),
         seconds=time.perf_counter() - start,
         engine=engine,

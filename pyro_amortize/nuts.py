@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -121,8 +122,10 @@ class NutpieChains:
         """Draws a chain."""
         start = _flat(self._initialized(seed)[0])
         errors: list[Exception] = []
+        thread = _KeptThread(self._target.num_steps)
 
         def density(vector: np.ndarray) -> tuple[float, np.ndarray]:
+            thread.keep()
             try:
                 if not errors:
                     value, gradient = self._graph([torch.from_numpy(vector).to(start.device)])
@@ -137,6 +140,7 @@ class NutpieChains:
 
             def drawn(vector: np.ndarray) -> dict[str, np.ndarray]:
                 bar.update()
+                thread.drawn()
                 return {"point": vector}
 
             compiled = self._nutpie.compiled_pyfunc.from_pyfunc(
@@ -210,6 +214,29 @@ class NutpieChains:
         except Uncapturable:
             return graph
         return compiled
+
+
+class _KeptThread:
+    """Keeps Python's state of a thread that is not Python's own, from the first gradient to the last draw.
+
+    Else Python makes one and throws it away at each call, which takes longer than a small model's gradient.
+
+    Args:
+        num_draws: After how many draws it is let go.
+    """
+
+    def __init__(self, num_draws: int) -> None:
+        self._left = num_draws
+        self._state: int | None = None
+
+    def keep(self) -> None:
+        if self._state is None:
+            self._state = ctypes.pythonapi.PyGILState_Ensure()
+
+    def drawn(self) -> None:
+        self._left -= 1
+        if self._left == 0 and self._state is not None:
+            ctypes.pythonapi.PyGILState_Release(self._state)
 
 
 def _flat(values: dict[str, Tensor]) -> Tensor:

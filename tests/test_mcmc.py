@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_amortize import MCMCFit, run_mcmc
-from pyro_amortize.arviz_bridge import ess, r_hat
+from pyro_amortize.arviz_bridge import r_hat
 from pyro_amortize.mcmc import _r_hat_limit
 
 
@@ -80,7 +80,7 @@ class TestMCMC:
 
 
 def recorded(samples, divergences=0):
-    return MCMCFit(samples, r_hat(samples), ess(samples), ess(samples, "tail"), divergences, 1.0)
+    return MCMCFit(samples, divergences, 1.0)
 
 
 class TestConvergence:
