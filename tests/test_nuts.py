@@ -1,5 +1,6 @@
 """nutpie's draws against posteriors known without it, and against Pyro's draws."""
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -245,6 +246,12 @@ class TestEngine:
         run_mcmc(normal, X, **OPTIONS | SHORT)
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_threads_of_chains_leave_nothing_behind(self):
+        run_mcmc(linear, X, **OPTIONS | SHORT)  # tqdm, and what else starts a thread once
+        before = num_thread_states()
+        run_mcmc(linear, X, **OPTIONS | SHORT)
+        assert num_thread_states() == before
+
     def test_parameters_of_the_model_are_held(self):
         def model(x):
             weight = pyro.param("weight", torch.tensor(3.0))
@@ -280,6 +287,18 @@ class TestEngine:
         printed = capfd.readouterr()
         assert printed.out == ""
         assert ("nutpie: 100%" in printed.err) is progress
+
+
+def num_thread_states():
+    """How many threads Python keeps a state of; those of samplers are not Python's own."""
+    api = ctypes.PyDLL(None)
+    api.PyInterpreterState_Get.restype = ctypes.c_void_p
+    for function in (api.PyInterpreterState_ThreadHead, api.PyThreadState_Next):
+        function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    state, count = api.PyInterpreterState_ThreadHead(api.PyInterpreterState_Get()), 0
+    while state:
+        state, count = api.PyThreadState_Next(state), count + 1
+    return count
 
 
 def branching(x):
