@@ -191,7 +191,7 @@ def run_mcmc(
         num_samples: Draws of each chain.
         warmup_steps: Steps of each chain that adapt the sampler, and are thrown away.
         num_chains: Number of chains.
-        engine: "nutpie", several times faster, which needs ``pip install "pyro_amortize[nutpie]"`` and a model without
+        engine: "nutpie", tens of times faster, which needs ``pip install "pyro_amortize[nutpie]"`` and a model without
             branches on values (for others Pyro's draws, with a warning); "pyro", Pyro's NUTS; "auto", nutpie's
             where it is installed and can, without a warning (``engine`` and ``fallback`` of the result tell).
         seed: Of the first chain; the others follow. None draws it from the present random state.
