@@ -146,8 +146,8 @@ class Judge:
                     "encoder=Recurrent() sees the whole series"
                     if in_order
                     else f"a function that adds some of them narrows the gap, "
-                    f"inputs={{'{other.name}': lambda ...: ...}}, and so does encoder=Window(radius), where rows stand "
-                    f"in order"
+                    f"inputs={{'{other.name}': lambda ...: ...}}; where rows stand in order, so does "
+                    f"encoder=Window(radius), and encoder=Recurrent() sees them all"
                 )
                 return Verdict(
                     False,

@@ -169,6 +169,10 @@ def test_verdicts_on_the_hidden_markov_model():
         assert guide.plan.verdict.closable is closable
         if isinstance(encoder, Window):
             assert "encoder(x, ±2 along steps)" in str(guide.plan)
+    in_a_plate = plan_amortization(hmm_as_factors, x).verdict
+    assert in_a_plate.closable is False
+    assert "coupled through 'chain'" in in_a_plate.reason
+    assert "where rows stand in order, so does encoder=Window(radius), and encoder=Recurrent()" in in_a_plate.reason
 
 
 # Linear-Gaussian state spaces, many series: z_t ~ N(0.9 z_{t-1}, 0.5), x_t ~ N(z_t, 1) where it is there.
