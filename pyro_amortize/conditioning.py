@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.steps import Options
 from pyro_amortize.verdict import MOST_NEIGHBOURS
-
-TRAINING_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ def conditioning_gap(
     plate: str | None,
     options: Options,
     num_draws: int,
+    num_training_steps: int,
 ) -> Conditioning | None:
     """Measures what a generated guide loses by inputs that leave data out, or by a window that is too narrow.
 
@@ -60,11 +59,13 @@ def conditioning_gap(
         plate: The plate whose elements are the data; None for totals.
         options: Seed and progress bars.
         num_draws: Draws behind each number.
+        num_training_steps: Steps of each of the two trainings; 0 for none.
 
     Returns:
-        None if nothing is lacking, or what is lacking has no encoder that is sure to see it.
+        None if nothing is lacking, or what is lacking has no encoder that is sure to see it, or nothing is to be
+        trained.
     """
-    if not isinstance(guide, AutoAmortized) or guide.plan is None:
+    if not num_training_steps or not isinstance(guide, AutoAmortized) or guide.plan is None:
         return None
     kinds = {block.name: _kind(guide, block) for block in guide.plan.blocks if block.amortized}
     found = {name: _lacking(guide.plan, plan, name, kind) for name, kind in kinds.items()}
@@ -78,7 +79,8 @@ def conditioning_gap(
     ratios = []
     for encoder, inputs, title in ((more, seen, "encoder with all inputs"), (kinds, shown, "encoder with its inputs")):
         twin = AutoAmortized(model, encoder=encoder, inputs=inputs or None, prepare=guide.options["prepare"])
-        ratios.append(_trained_ratio(model, twin, args, kwargs, plate, options, num_draws, title))
+        trained = replace(options, num_steps=num_training_steps, lr=Options.lr)
+        ratios.append(_trained_ratio(model, twin, args, kwargs, plate, trained, num_draws, title))
     part = Part.mean_of(ratios[0]) - Part.mean_of(ratios[1])
     return Conditioning({name: what.text for name, what in lacking.items()}, part)
 
@@ -98,10 +100,8 @@ def _trained_ratio(
         with seeded(options.seed):
             guide.initialize(*args, **kwargs)
         nesting = vectorizing(model, guide, args, kwargs)
-        chosen = Options(
-            num_steps=TRAINING_STEPS, seed=options.seed, progress=options.progress, max_plate_nesting=nesting
-        )
-        train(model, guide, args, kwargs, chosen, title, held=record, train_model=False)
+        options = replace(options, max_plate_nesting=nesting)
+        train(model, guide, args, kwargs, options, title, held=record, train_model=False)
         found = log_densities(model, guide, args, kwargs, plate=plate, num_draws=num_draws, seed=options.seed or 0)
     return found.log_ratio.to("cpu", torch.float64).reshape(num_draws, -1)
 
@@ -136,7 +136,8 @@ def _lacking(plan: AmortizationPlan, whole: AmortizationPlan, name: str, kind: A
                 text = f"it does not see the neighbours' '{source.name}': encoder=Window({needs})"
                 return _Lacking(text, Window(needs, dims, along=plate))
     if block.reach is not None and block.closable is False:
-        text = f"it sees {sees} neighbours on a side, where the whole series informs it: encoder=Recurrent()"
+        count = f"{sees} neighbour{'' if sees == 1 else 's'}"
+        text = f"it sees {count} on a side, where the whole series informs it: encoder=Recurrent()"
         return _Lacking(text, Recurrent(hidden_dims=dims, along=block.reach.plate))
     return None
 

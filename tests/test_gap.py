@@ -8,10 +8,21 @@ import torch
 from models import autoguided
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
+from torch.distributions import constraints
 from torch.distributions.transforms import SoftplusTransform
 
-from pyro_amortize import MLP, AutoAmortizedNormal, Table, amortization_gap, fit_svi
+from pyro_amortize import (
+    MLP,
+    AutoAmortizedNormal,
+    Table,
+    Window,
+    amortization_gap,
+    conditioning,
+    fit_svi,
+    plan_amortization,
+)
 from pyro_amortize.estimates import QUANTITIES
+from pyro_amortize.steps import Options
 
 
 def model(x):
@@ -335,6 +346,34 @@ def test_neighbours_that_an_encoder_does_not_see_are_the_conditioning_gap():
     assert whole.advice == ()
 
 
+def test_the_conditioning_gap_takes_as_many_steps_as_are_asked_for(monkeypatch):
+    def walk(x):
+        with pyro.plate("series", len(x), dim=-2), pyro.plate("time", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+            pyro.factor("walk", dist.Normal(z[..., :-1], 1.0).log_prob(z[..., 1:]).sum(-1, keepdim=True) / z.shape[-1])
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    steps, train = [], conditioning.train
+    monkeypatch.setattr(
+        conditioning, "train", lambda *a, **options: steps.append(a[4].num_steps) or train(*a, **options)
+    )
+    x = 9 * torch.randn(6, 3)
+    guide = AutoAmortizedNormal(walk, encoder=Window(1))
+    guide.initialize(x)
+    small = {"num_draws": 100, "num_steps": 100, "num_annealed": 0, "progress": False}
+    report = amortization_gap(walk, guide, x, num_training_steps=30, **small)
+    assert steps == [30, 30]
+    assert "conditioning_gap" in report.totals.index
+    without = amortization_gap(walk, guide, x, num_training_steps=0, **small)
+    assert steps == [30, 30]
+    assert "conditioning_gap" not in without.totals.index
+    assert any("no encoder of these inputs closes it all" in text for text in without.advice)
+    lacking = conditioning.conditioning_gap(
+        walk, guide, (x,), {}, plan_amortization(walk, x), "series", Options(progress=False), 20, 5
+    ).lacking
+    assert "it sees 1 neighbour on a side, where the whole series informs it" in lacking["series/time"]
+
+
 def test_each_encoder_s_share():
     def two(x):
         with pyro.plate("data", len(x)):
@@ -403,7 +442,7 @@ def test_a_guide_whose_sites_depend_on_each_other_is_not_split():
     assert report.advice == ()
 
 
-@pytest.mark.parametrize("option", [{"num_draws": 1}, {"num_annealed": -1}, {"given": 0}])
+@pytest.mark.parametrize("option", [{"num_draws": 1}, {"num_annealed": -1}, {"num_training_steps": -1}, {"given": 0}])
 def test_options_out_of_range(option):
     with pytest.raises(ValueError, match=f"amortization_gap: {next(iter(option))}="):
         amortization_gap(model, too_narrow, DATA, progress=False, **option)
