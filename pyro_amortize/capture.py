@@ -10,12 +10,14 @@ from __future__ import annotations
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, fx
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -141,7 +143,7 @@ def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
         Uncapturable: It makes Python numbers, or shapes, of values; it draws random numbers elsewhere than from torch;
             or an operation cannot be recorded.
     """
-    with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
+    with preserved(), _unvalidated(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = _other_random_states()
         try:
@@ -159,6 +161,18 @@ def record(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Gra
             raise Uncapturable(f"the shape of a tensor depends on values ({node.target})")
     _own_outputs(module)
     return Graph(module, _lifted(module))
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Switches validation off, of expanded distributions too, which keep the flag of when they were made."""
+    check = Distribution._validate_sample
+    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        Distribution._validate_sample = check  # type: ignore[method-assign]
 
 
 def _other_random_states() -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 from models import CASES, TOTAL
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from torch import nn
 
@@ -219,6 +219,30 @@ class TestModels:
         plain, compiled = (take(cls()) for cls in pair)
         torch.testing.assert_close(compiled[0], plain[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(compiled[1], plain[1], rtol=1e-4, atol=1e-4)
+
+    class Bayesian(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = PyroModule[nn.Linear](1, 2)
+            self.net.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2, 1]).to_event(2))
+
+        def forward(self, x):
+            data = pyro.plate("data", len(x))
+            with data:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = self.net(z[:, None])
+            with data:
+                pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    @pairs
+    def test_priors_that_were_expanded_before(self, pair):
+        model, x = self.Bayesian(), X.reshape(6, 2)
+        guide = AutoAmortizedNormal(model)
+        guide.initialize(x)
+        plain, compiled = (cls() for cls in pair)
+        agree(plain, compiled, model, guide, [((x,), {})] * 3)
+        assert doubts(compiled) == [None]
+        assert runs(compiled) == [2]
 
     def test_training_and_evaluating_are_graphs_of_their_own(self):
         x, model = X.reshape(6, 2), self.Learnt()
