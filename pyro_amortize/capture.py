@@ -8,6 +8,7 @@ Everything else is fixed as it was: Python numbers, branches taken, shapes.
 from __future__ import annotations
 
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -200,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_of_a_library(path: str) -> bool:
-    return path.startswith((*torch.__path__, *pyro.__path__, __file__, "<"))
+    return path.startswith((*torch.__path__, *pyro.__path__, os.path.dirname(__file__), "<"))
 
 
 def _has_shape_of_values(node: fx.Node) -> bool:

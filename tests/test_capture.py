@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyro_amortize.capture import Uncapturable, record
+from pyro_amortize.steps import decay
 
 
 def gradient(program, *inputs):
@@ -114,6 +115,11 @@ class TestRecord:
         x = torch.randn(4)
         with pytest.raises(Uncapturable, match=r"line \d+ of .*test_capture.py"):
             record(lambda: [x * float(x.sum())], [x])
+
+    def test_names_the_user_s_line_where_the_package_stumbles_over_it(self):
+        x = torch.randn(())
+        with pytest.raises(Uncapturable, match=r"line \d+ of .*test_capture.py"):
+            record(lambda: [x * decay(x, 10)], [x])
 
 
 class TestCompiled:
