@@ -179,7 +179,7 @@ class SourceProbes:
         targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
         for target, origin in _distinct_pairs(rows, targets):
             copy = leaf.clone()
-            copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else ~rows[target]
+            copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else _another(rows[target])
             moved = self.probes.changed(leaves={name: copy})
             if moved is None:
                 reaches |= set(members)
@@ -204,7 +204,7 @@ class SourceProbes:
                 couples = couples or bool(reaches)
             swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
-        if not reaches or (everywhere and not swaps and plate.size > 2) or self._is_of_one_element(total, plate):
+        if not reaches or (everywhere and not swaps and plate.size > 2) or self._is_of_one_element(total, plate, rows):
             return None, differs, touched
         steps = [found for found in offsets if found]
         if couples and steps and not set.intersection(*steps):  # rows go along with no row of the plate
@@ -212,14 +212,15 @@ class SourceProbes:
         every = frozenset().union(*steps)
         return _Claim(plate, axis, indexed, frozenset(reaches), couples, None, every), differs, touched
 
-    def _is_of_one_element(self, moved: dict[str, Tensor], plate: Plate) -> bool:
+    def _is_of_one_element(self, moved: dict[str, Tensor], plate: Plate, rows: Tensor) -> bool:
         """Whether all that moved stands in one element of another plate, as with the series in a list of series.
 
-        But what enters one turn of a series alone may well be data of each series: a state that it starts from.
+        But what enters one turn of a series alone may well be data of each series: a state that it starts from. And
+        rows that have an axis of the other plate, too, may differ in one of its elements only.
         """
         for name in moved:
             for other in self.probes.frames(name):
-                if other.series and not plate.series:
+                if (other.series and not plate.series) or {other.size, other.full_size} & set(rows.shape[1:]):
                     continue
                 if other != plate and int((self.probes.rows(moved, name, other) > 0).sum()) == 1 and other.size > 1:
                     return True
@@ -441,18 +442,24 @@ def _row_over(value: Tensor, axis: int, target: int, origin: int, radius: int) -
 def _distinct_pairs(rows: Tensor, targets: list[int], count: int = 3) -> Iterator[tuple[int, int | None]]:
     """Yields up to ``count`` pairs (target, origin) of rows that differ.
 
-    Where all rows of a mask are equal the origin is None: the target is to be flipped.
+    Where all rows are equal the origin is None: the target is to be changed as :func:`_another` does, if it can be.
     """
     flat = _flat(rows)
+    can_change = rows.dtype == torch.bool or bool((flat[0] != flat[0, :1]).any())
     torch.manual_seed(2)
     found = 0
     for target in [targets[i] for i in torch.randperm(len(targets))[: 8 * count]]:
         others = (flat != flat[target]).any(-1).nonzero().flatten()
-        if len(others) or rows.dtype == torch.bool:
+        if len(others) or can_change:
             yield target, int(others[torch.randint(len(others), ())]) if len(others) else None
             found += 1
         if found == count:
             return
+
+
+def _another(row: Tensor) -> Tensor:
+    """A row with other values that it may have: those of a mask flipped, others in another order."""
+    return ~row if row.dtype == torch.bool else row.flatten().roll(1).reshape(row.shape)
 
 
 def _flat(rows: Tensor) -> Tensor:

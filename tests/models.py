@@ -527,6 +527,24 @@ def masked_inside(y, mask):
             pyro.sample("y", dist.Normal(rate.log(), 1.0), obs=y)
 
 
+VISITS = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+
+
+@zoo(
+    lambda rows: ((base(1, 4)[rows], VISITS.repeat(len(rows), 1), (base(3)[rows] > 0)[:, None] | (VISITS != 0)), {}),
+    {"level": {"y", "t"}, "rate": {"y", "t"}},
+    left=("y_unobserved",),
+    hide=lambda y, t, seen: (torch.where(seen, y, -9.0), t, seen),
+)
+def visits(y, t, seen):
+    """The times of the visits are the same in all rows, and one visit is all that some rows lack."""
+    with pyro.plate("n", len(y), dim=-2):
+        level = pyro.sample("level", dist.Normal(torch.tensor(0.0), 1.0))
+        rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("inner", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(level + rate * t, 1.0), obs=y, obs_mask=seen)
+
+
 @zoo(
     lambda rows: ((base(1, 2)[rows], base(4)[rows], (base(3) > -0.5)[rows]), {}),
     {"z": {"y", "flag", "mask"}},
