@@ -450,9 +450,12 @@ def trunk_features(trunk: nn.Module, features: Tensor) -> Tensor:
     out = trunk(given if _keeps(trunk) else given.clone())
     if not isinstance(out, Tensor) or out.dim() < 2 or len(out) != len(features):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        fix = "end it with nn.Flatten(1)"
+        if isinstance(out, (tuple, list)):
+            fix = "stop before its last layers, since the guide makes the location and scale of each site from features"
         raise ValueError(
             f"the encoder {type(trunk).__name__} returned {got} for data of shape {tuple(features.shape)}. Expected "
-            f"shape ({len(features)}, width), a row of features for each row of data: end it with nn.Flatten(1)."
+            f"shape ({len(features)}, width), a row of features for each row of data: {fix}."
         )
     return out.flatten(1).to(features.dtype)
 

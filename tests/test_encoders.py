@@ -58,13 +58,17 @@ def test_trunk_output_is_flattened():
     [
         (nn.Flatten(0), r"shape \(15,\)"),
         (nn.Unflatten(0, (1, 5)), r"shape \(1, 5, 3\)"),
-        (nn.LSTM(3, 2), "a tuple"),
     ],
-    ids=["flat", "extra-axis", "tuple"],
+    ids=["flat", "extra-axis"],
 )
 def test_trunks_without_the_batch_axis_are_refused(trunk, got):
     with pytest.raises(ValueError, match=rf"{got} for data of shape \(5, 3\).*nn.Flatten\(1\)"):
         trunk_features(trunk, torch.randn(5, 3))
+
+
+def test_trunks_that_return_location_and_scale_are_refused():
+    with pytest.raises(ValueError, match=r"LSTM returned a tuple for data of shape \(5, 3\).*before its last layers"):
+        trunk_features(nn.LSTM(3, 2), torch.randn(5, 3))
 
 
 @pytest.mark.parametrize(
