@@ -21,7 +21,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call, is_recorded, opened
+from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import has_nan, is_index
 from pyro_amortize.plan import AmortizationPlan, Block
@@ -65,7 +65,7 @@ class GuidedRun(Messenger):
         super().__init__()
         self.guide = guide
         self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
-        self.call = Call(guide.model, args, kwargs, guide.signature)
+        self.call = _call_of(guide, args, kwargs)
         self.model, _ = opened(guide.model)
         self.args, self.kwargs = args, kwargs
         self.answering = answering
@@ -449,6 +449,18 @@ class GuidedRun(Messenger):
         if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
             return q
         return PriorWithoutData(marks, prior.expand(q.batch_shape), q)
+
+
+def _call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Returns the arguments of a call by name; refuses one without data, which suffices for Pyro's own guides."""
+    signature = guide.signature or signature_of(guide.model)
+    try:
+        return Call(guide.model, args, kwargs, signature)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(guide).__name__}: {error}. Its answers are for given data: guide(...), guide.median, "
+            f"guide.quantiles and guide.posterior take the model's arguments, {signature}."
+        ) from None
 
 
 class Replicate(Messenger):

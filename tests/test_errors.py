@@ -282,6 +282,13 @@ def test_asked_before_there_are_parameters(ask):
         getattr(guide, ask)(X)
 
 
+@pytest.mark.parametrize("ask", ["posterior", "median", "predictive", "__call__"])
+def test_asked_without_data(ask):
+    guide = ready(local, X)
+    with refuses(TypeError, r"AutoAmortizedNormal: missing a required argument: 'x'. .*arguments, \(x, loc="):
+        getattr(guide, ask)()
+
+
 @pytest.mark.parametrize("through", ["posterior", "call", "step"])
 def test_data_of_another_width(through):
     case = CASES["ppca"]
