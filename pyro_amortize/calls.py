@@ -68,6 +68,18 @@ def signature_of(model: Model) -> inspect.Signature:
     return inspect.signature(fn.forward if isinstance(fn, nn.Module) and not hasattr(fn, "__signature__") else fn)
 
 
+def layers(model: Model) -> Iterator[Model]:
+    """Yields the programs of which a model consists: itself below its handlers, and what decorators stand around.
+
+    ``amortize`` is one of these decorators.
+    """
+    program: Any = model
+    while program is not None:
+        program = poutine.unwrap(program)
+        yield program
+        program = getattr(program, "__wrapped__", None)
+
+
 def opened(model: Model) -> tuple[Model, Callable[[Any], bool]]:
     """Takes off the ``poutine.block`` handlers around a model, which hide its data and plates along with its latents.
 

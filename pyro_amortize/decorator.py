@@ -29,6 +29,7 @@ class AmortizedModel(PyroModule):
         super().__init__()
         state = self.__dict__  # not by attributes, which would make submodules of model and guide
         state["_model"], state["_guide_options"], state["_guide"] = (model,), guide_options, None
+        state["__wrapped__"] = model
         for name in functools.WRAPPER_ASSIGNMENTS:
             if hasattr(model, name):
                 state[name] = getattr(model, name)

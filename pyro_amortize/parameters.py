@@ -19,6 +19,8 @@ from pyro.params.param_store import module_from_param_with_module_name
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_amortize.calls import layers
+
 REGISTERS = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
 
 
@@ -189,16 +191,16 @@ def _registered_module(model: Callable[..., Any], registered: str, shapes: dict[
 
 
 def _reachable_modules(model: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    fn = pyro.poutine.unwrap(model)
-    owner = getattr(fn, "__self__", fn)
-    roots: dict[str, Any] = {"": owner, **getattr(owner, "__dict__", {})}
-    function = getattr(fn, "__func__", fn)
-    if inspect.isfunction(function):
-        used = inspect.getclosurevars(function)
-        roots = {**roots, **used.globals, **used.nonlocals}
-    for root, value in roots.items():
-        if isinstance(value, nn.Module):
-            yield from value.named_modules(prefix=root)
+    for program in layers(model):
+        owner = getattr(program, "__self__", program)
+        roots: dict[str, Any] = {"": owner, **getattr(owner, "__dict__", {})}
+        function = getattr(program, "__func__", program)
+        if inspect.isfunction(function):
+            used = inspect.getclosurevars(function)
+            roots |= {**used.globals, **used.nonlocals}
+        for root, value in roots.items():
+            if isinstance(value, nn.Module):
+                yield from value.named_modules(prefix=root)
 
 
 def _encode(name: str, constraint: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pyro_amortize
 PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
-    {"annealing", "arviz_bridge", "plots", "calls", "supports", "structure", "parameters", "pooling", "families"},
+    {"calls"},
+    {"annealing", "arviz_bridge", "plots", "supports", "structure", "parameters", "pooling", "families"},
     {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture"},
     {"elbos", "nuts"},
     {"held"},

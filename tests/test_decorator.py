@@ -77,6 +77,24 @@ class TestFunction:
         sizes = comparison.table["num_parameters"]
         assert sizes["amortized"] == sum(p.numel() for p in configured.guide.parameters())
 
+    def test_is_saved_with_the_modules_that_it_registers(self, tmp_path):
+        decoder = nn.Linear(1, 3)
+
+        @amortize(encoder=MLP((4,)))
+        def model(x):
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        model.fit(torch.randn(20, 3), num_steps=5, progress=False)
+        model.guide.save(tmp_path / "guide.pt")
+        learnt = decoder.weight.detach().clone()
+        with torch.no_grad():
+            decoder.weight.zero_()
+        AutoAmortized.load(tmp_path / "guide.pt", model)
+        assert torch.equal(decoder.weight, learnt)
+
     def test_pickles_by_its_name(self):
         assert pickle.loads(pickle.dumps(bare)) is bare
         assert copy.deepcopy(bare) is bare
