@@ -53,7 +53,7 @@ class Comparison:
         table: Index ``method``; ``elbo`` and ``gap`` to the best ELBO found, in nats with standard errors, ``gap_to``,
             the method whose ELBO that is, ``num_parameters``, ``seconds``, ``seconds_per_new_row`` (an encoder's
             forward pass; the others fit again), and ``break_even_rows``: from so many rows on, the cheapest amortized
-            method costs less than this one.
+            method costs less than this one; ``Constant()``, which answers no row in particular, does not count.
         moments: Index ``method``, ``site``: against MCMC, ``mean_error``, the root mean square over elements of the
             error of the posterior mean in posterior standard deviations, ``q05_error``, ``q50_error`` and
             ``q95_error``, those of quantiles, and ``sd_ratio``, the mean ratio of standard deviations. The column
@@ -321,7 +321,7 @@ def _table(
         answers = _answers_new_rows(fit)
         row["seconds_per_new_row"] = (_seconds(_guide_of(fit), args, kwargs) if answers else row["seconds"]) / num_rows
         rows[label] = row
-    _break_even(rows, [label for label, fit in fits.items() if _answers_new_rows(fit)])
+    _break_even(rows, [label for label, fit in fits.items() if _answers_new_rows(fit)], fits)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).rename_axis("method")
     return table.astype({"num_parameters": "Int64", "break_even_rows": "Int64"})
 
@@ -346,9 +346,10 @@ def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float
     return sorted(times[1:])[2]
 
 
-def _break_even(rows: dict[str, dict[str, Any]], amortized: list[str]) -> None:
+def _break_even(rows: dict[str, dict[str, Any]], amortized: list[str], fits: Mapping[str, Any]) -> None:
     """Fills in from how many rows on the fastest amortized fit costs less than fitting again by another method."""
-    trained = [label for label in amortized if not math.isnan(rows[label]["seconds"])]
+    seeing = [label for label in amortized if _breadth(fits[label]) != 0]
+    trained = [label for label in seeing if not math.isnan(rows[label]["seconds"])]
     if not trained:
         return
     fastest = rows[min(trained, key=lambda label: rows[label]["seconds"])]
