@@ -68,12 +68,14 @@ def _worst(axis: Any, rows: pd.DataFrame, shown: Mapping[str, str]) -> None:
     axis.set(xlabel="nats (bars: two standard errors)", ylabel="datum, worst first")
 
 
-def comparison(losses: Mapping[str, Any], seconds: Mapping[str, float], moments: pd.DataFrame | None) -> Any:
+def comparison(
+    losses: Mapping[str, Any], seconds: Mapping[str, tuple[float, float]], moments: pd.DataFrame | None
+) -> Any:
     """Draws ELBOs against steps and against time; below, if there are any, errors against MCMC.
 
     Args:
         losses: Label -> loss at each step.
-        seconds: Label -> time of all steps.
+        seconds: Label -> time before the first step, and that after the last.
         moments: As ``Comparison.moments``, or None.
 
     Returns:
@@ -105,7 +107,9 @@ def _line(color: str) -> Any:
     return Line2D([], [], color=color, marker="o", markersize=4)
 
 
-def _elbo_curves(axes: Any, losses: Mapping[str, Any], seconds: Mapping[str, float], colors: Mapping[str, str]) -> None:
+def _elbo_curves(
+    axes: Any, losses: Mapping[str, Any], seconds: Mapping[str, tuple[float, float]], colors: Mapping[str, str]
+) -> None:
     lows, highs = [], []
     for label, values in losses.items():
         elbo = -np.asarray(values, dtype=float)
@@ -113,7 +117,8 @@ def _elbo_curves(axes: Any, losses: Mapping[str, Any], seconds: Mapping[str, flo
         smooth = np.convolve(elbo, np.ones(window) / window, mode="valid")
         steps = np.arange(len(smooth)) + window
         axes[0].plot(steps, smooth, color=colors[label], linewidth=1.2)
-        axes[1].plot(steps / len(elbo) * seconds[label], smooth, color=colors[label], linewidth=1.2)
+        first, last = seconds[label]
+        axes[1].plot(first + steps / len(elbo) * (last - first), smooth, color=colors[label], linewidth=1.2)
         lows.append(np.quantile(smooth, 0.1))
         highs.append(smooth.max())
     if lows:

@@ -94,6 +94,14 @@ class TestComparison:
         figure.savefig(tmp_path / "elbo.png")
         assert (tmp_path / "elbo.png").stat().st_size > 1000
 
+    def test_time_is_counted_from_before_compiling(self, comparison):
+        for label, line in zip(["wide", "const", "mean_field", "warm"], comparison.plot().axes[1].lines, strict=True):
+            fit = comparison.fits[label]
+            assert fit.compile_seconds > 0
+            assert fit.compile_seconds < line.get_xdata()[0] < line.get_xdata()[-1] <= fit.seconds
+            first = 1000 // 40 / 1000 * (fit.seconds - fit.compile_seconds)  # the mean of so many steps
+            assert line.get_xdata()[0] == pytest.approx(fit.compile_seconds + first)
+
 
 def test_one_answer_for_all_data_does_not_break_even():
     methods = {"const": AutoAmortizedNormal(model, encoder=Constant()), "mean_field": "mean_field"}
