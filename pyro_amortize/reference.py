@@ -53,7 +53,8 @@ def fit_mean_field(
         args: Its positional arguments.
         start: A trained guide whose answer for these data, globals included, the tables start from: a generated one,
             one written by hand, or Pyro's ``AutoNormal``, of normals on the sites' supports. Where these depend on
-            draws of other sites, one draw decides. None starts from scratch.
+            draws of other sites, one draw decides. Steps are noisy: where it is near the optimum already, the fit may
+            end below it; raise ``num_particles`` then, or lower ``lr``. None starts from scratch.
         num_steps: As of :func:`~pyro_amortize.fit.fit_svi`, and so are all other options.
         batch_size: Rows a step.
         lr: Learning rate at the start.
