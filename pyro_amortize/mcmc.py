@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_uniform
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pyro_amortize.capture import Uncapturable
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
+from pyro_amortize.supports import generic_value, site_mask, without_masks
 
 R_HAT = 1.01
 ESS_A_CHAIN = 100
@@ -181,8 +183,9 @@ def run_mcmc(
 
     nutpie draws from the potential recorded as one graph of tensor operations, compiled where many draws are wanted,
     so that the model is not run at each step. Positions are float64, densities are in the dtype of the model. Discrete
-    latents that the model marks for enumeration are summed out. Ask the result's ``converged`` before using it as a
-    reference.
+    latents that the model marks for enumeration are summed out. Entries of a latent under a mask on which nothing else
+    depends (``obs_mask`` makes such for data that are there) have their prior, as in a guide; chains would drift off in
+    them. Ask the result's ``converged`` before using it as a reference.
 
     Args:
         model: A Pyro model.
@@ -219,8 +222,9 @@ def run_mcmc(
         pyro.util.set_rng_state(state)
         conditioned = poutine.condition(model, data=dict(given or {}))
         sites = _all_rows(conditioned, args, kwargs)
+        proper = _WithPrior(_idle(conditioned, args, kwargs, sites))(conditioned)
         nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
-        target = Target(conditioned, args, kwargs, nesting, _init_in_shape(sites), num_samples, warmup_steps, progress)
+        target = Target(proper, args, kwargs, nesting, _init_in_shape(sites), num_samples, warmup_steps, progress)
         drawing, engine, fallback = _drawing(engine, target, seed, num_chains)
         chains, diverged = zip(*(drawing(seed + chain) for chain in range(num_chains)), strict=True)
     diverging = torch.stack(diverged)
@@ -256,6 +260,43 @@ def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[C
         if engine == "nutpie":
             warnings.warn(f"run_mcmc: Pyro's NUTS draws, not nutpie's, since {reason}.", UserWarning, stacklevel=3)
         return by_pyro, "pyro", str(reason)
+
+
+class _WithPrior(Messenger):
+    """Takes the masks off some latents.
+
+    Args:
+        names: Of these.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["mask"], msg["fn"] = None, without_masks(msg["fn"])
+
+
+def _idle(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[Any]) -> list[str]:
+    """Finds the latents of whose entries a mask covers some, on which no density depends."""
+    latents = {site["name"]: site for site in sites if not site["is_observed"]}
+    masks = {name: site_mask(site) for name, site in latents.items()}
+    masks = {name: mask for name, mask in masks.items() if mask is not None and not bool(mask.all())}
+    values = {name: site["value"] for name, site in latents.items()}
+
+    def densities(values: dict[str, Tensor]) -> Tensor:
+        with poutine.block(), pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+        return torch.stack([site["log_prob_sum"] for site in trace.nodes.values() if "log_prob_sum" in site])
+
+    found = []
+    for name, mask in masks.items():
+        other = torch.where(mask, values[name], generic_value(latents[name]))
+        if torch.equal(densities(values), densities({**values, name: other})):
+            found.append(name)
+    return found
 
 
 def _init_in_shape(sites: list[Any]) -> Callable[[Any], Tensor]:

@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_amortize import MCMCFit, run_mcmc
 from pyro_amortize.arviz_bridge import r_hat
@@ -137,3 +138,33 @@ class TestConvergence:
             worst = values.reshape(-1, num_elements).max(1).values
             share = float((worst > _r_hat_limit(num_elements, 4)).double().mean())
             assert share < one + 3 * math.sqrt(one / len(worst))
+
+
+class TestMasks:
+    OPTIONS = {"num_samples": 500, "warmup_steps": 300, "num_chains": 2, "seed": 0, "progress": False}  # noqa: RUF012
+
+    def test_what_obs_mask_makes_for_data_that_are_there_does_not_drift_off(self):
+        def model(x, here):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=here)
+
+        x, here = torch.tensor([2.0, 2.0, 0.0]), torch.tensor([True, True, False])
+        fit = run_mcmc(model, x, here, **self.OPTIONS)
+        assert fit.converged
+        mean, sd = (getattr(fit.samples["z"].flatten(0, 1), name)(0) for name in ("mean", "std"))
+        torch.testing.assert_close(mean, torch.tensor([1.0, 1.0, 0.0]), atol=0.15, rtol=0)
+        torch.testing.assert_close(sd, torch.tensor([0.5, 0.5, 1.0]).sqrt(), atol=0.1, rtol=0)
+        drawn = fit.samples["x_unobserved"].flatten(0, 1).std(0)
+        torch.testing.assert_close(drawn, torch.tensor([1.5, 1.5, 2.0]).sqrt(), atol=0.2, rtol=0)
+
+    def test_a_prior_under_a_mask_is_flat_where_data_depend_on_it(self):
+        def model(x):
+            with poutine.mask(mask=False):
+                theta = pyro.sample("theta", dist.Normal(0.0, 0.1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+        fit = run_mcmc(model, torch.full((25,), 3.0), **self.OPTIONS)
+        assert fit.samples["theta"].mean().item() == pytest.approx(3.0, abs=0.05)
+        assert fit.samples["theta"].std().item() == pytest.approx(0.2, abs=0.04)
