@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from pyro_amortize.plan import Verdict
+from pyro_amortize.plan import AmortizationPlan
 
 NEGLIGIBLE = 0.05
 """Nats a datum below which a gap is not worth a word."""
@@ -17,7 +17,7 @@ ERRORS = 3.0
 def advise(
     per_row: pd.DataFrame,
     blocks: pd.DataFrame,
-    verdict: Verdict,
+    plan: AmortizationPlan,
     lacking: Mapping[str, str],
     correlated: float | None,
     generalization: pd.DataFrame | None,
@@ -27,7 +27,7 @@ def advise(
     Args:
         per_row: A row a quantity, with columns ``total`` and ``total_se`` in nats a datum.
         blocks: The same of the amortization gap of each block.
-        verdict: Whether the encoders that there are can close the gap.
+        plan: The plan, with its verdict on the encoders that there are.
         lacking: What the encoder of a block does not see.
         correlated: Nats a datum of the approximation gap that are due to correlations within a datum.
         generalization: As of :class:`~pyro_amortize.gap.GapReport`.
@@ -42,7 +42,7 @@ def advise(
 
     if "amortization_gap" in per_row.index:
         for name, (gap, se) in blocks.iterrows():
-            add(gap, se, f"the encoder of '{name}' loses", _for_encoder(name, verdict, lacking, per_row))
+            add(gap, se, f"the encoder of '{name}' loses", _for_encoder(name, plan, lacking, per_row))
     if "approximation_gap" in per_row.index:
         gap, se = per_row.loc["approximation_gap", ["total", "total_se"]]
         add(gap, se, "independent normals lose, whatever the encoder,", _for_family(gap, correlated))
@@ -58,14 +58,18 @@ def advise(
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _for_encoder(name: str, verdict: Verdict, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
+def _for_encoder(name: str, plan: AmortizationPlan, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
     """Says what narrows an amortization gap: inputs that lack, the structure, or training."""
     gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]] if name in lacking else (0.0, 0.0)
     if gap > ERRORS * se:
         return f"{lacking[name]}. An encoder that does, trained alike, gains {gap:.3g} ± {se:.2g}"
-    if verdict.closable is False:
-        return f"no encoder of these inputs closes it all: {verdict.reason}"
-    lets = "the model's structure lets it vanish; " if verdict.closable else ""
+    block = next((block for block in plan.blocks if block.name == name), None)
+    if block is not None and block.constant:
+        return "Constant() has one answer for all data; take an encoder that sees them"
+    closable = plan.verdict.closable if block is None else block.closable
+    if closable is False:
+        return f"no encoder of these inputs closes it all: {plan.verdict.reason}"
+    lets = "the model's structure lets it vanish; " if closable else ""
     return f"{lets}train longer, and if that gains no more, take a wider encoder: encoder={{'{name}': MLP((256, 256))}}"
 
 

@@ -365,7 +365,7 @@ class _Measure:
         advice = advise(
             totals(parts) / rows,
             totals(blocks) / rows,
-            judged.verdict,
+            judged,
             {} if lacking is None else lacking.lacking,
             found[0].correlated,
             between,

@@ -50,7 +50,7 @@ class Block:
         dim: Unconstrained size of one element, all sites together.
         inputs: What the encoder sees: arguments, or observed sites whose data no argument carries.
         features: Width of these after preparation.
-        amortized: Whether parameters come from an encoder; if not, from a table.
+        amortized: Whether parameters come from an encoder, ``Constant()`` among them; if not, from a table.
         closable: Whether amortizing this block can be lossless.
         dims: Unconstrained size of one element of each site.
         shapes: Its shape.
@@ -61,6 +61,7 @@ class Block:
         reach: How far the encoder sees beside an element's own data.
         logits: For each discrete site the shape of the logits behind one entry of its value; None for others.
         distribution: The name of the distribution of a discrete site.
+        constant: Whether that is ``Constant()``, one row of parameters for all elements, whatever their data.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Block:
     reach: Reach | None = None
     logits: tuple[tuple[int, ...] | None, ...] = ()
     distribution: str | None = None
+    constant: bool = False
 
     @property
     def is_discrete(self) -> bool:
@@ -194,8 +196,8 @@ class AmortizationPlan:
                 ", ".join(block.sites),
                 ", ".join(block.plates) or "-",
                 str(block.dim),
-                f"encoder({_described(block)})" if block.amortized else f"table of {block.rows}",
-                str(block.features) if block.amortized else "-",
+                _origin(block),
+                str(block.features) if block.amortized and not block.constant else "-",
                 {True: "yes", False: "no", None: "unknown"}[block.closable] if block.amortized else "-",
             )
             for block in self.blocks
@@ -210,6 +212,13 @@ class AmortizationPlan:
             lines.append(f"summed out: {', '.join(self.enumerated)}")
         lines.append(f"closable: {self.verdict.closable} ({self.verdict.reason})")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _origin(block: Block) -> str:
+    """Says what a block's parameters come from."""
+    if not block.amortized:
+        return f"table of {block.rows}"
+    return "one row for all" if block.constant else f"encoder({_described(block)})"
 
 
 def _described(block: Block) -> str:

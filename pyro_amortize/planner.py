@@ -11,13 +11,13 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortize.calls import Model
-from pyro_amortize.encoders import MLP, Recurrent, Window, encoder_for
+from pyro_amortize.encoders import MLP, Constant, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.structure import Site, Source, Structure
-from pyro_amortize.verdict import Judge, overall, related_to
+from pyro_amortize.verdict import Judge, one_answer, overall, related_to
 
 OWN_DATA = MLP()
 """An encoder that sees nothing beside an element's own data."""
@@ -154,6 +154,8 @@ class _Planner:
                 levels, complete = self._levels(name, sites)
                 reach = self._reach(name, sites)
                 verdict = self.judge.judge(sites, self._together(sites), levels, complete, reach)
+                if site.plates and self._is_constant(name, sites):
+                    verdict = one_answer(sites, verdict)
                 verdicts.append(verdict)
             blocks.append(self._block(name, sites, levels, verdict, reach))
         order = {site.name: i for i, site in enumerate(self.latents)}
@@ -350,6 +352,10 @@ class _Planner:
             )
         return None if along is None else Reach(along, encoder.radius if isinstance(encoder, Window) else None)
 
+    def _is_constant(self, name: str, sites: list[Site]) -> bool:
+        names = [site.name for site in sites]
+        return isinstance(encoder_for(self.encoder, name, names, sites[0].plates), Constant)
+
     def _block(
         self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None, reach: Reach | None
     ) -> Block:
@@ -378,6 +384,7 @@ class _Planner:
             reach=reach,
             logits=tuple(site.logits for site in sites),
             distribution=sites[0].distribution,
+            constant=verdict is not None and self._is_constant(name, sites),
         )
 
     # What cannot be.

@@ -237,6 +237,18 @@ class Judge:
         return None
 
 
+def one_answer(sites: list[Site], judged: Verdict) -> Verdict:
+    """Returns the verdict on a block with one row of parameters for all elements, from that on an encoder in its place.
+
+    Args:
+        sites: Its latents, which stand in plates.
+        judged: What an encoder could reach.
+    """
+    plates = "/".join(sites[0].plates)
+    reason = f"encoder=Constant() gives '{sites[0].name}' one answer for all rows of '{plates}', whatever their data"
+    return replace(judged, closable=False, reason=reason)
+
+
 def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
     """Returns the verdict on a whole plan, from those on its encoded blocks."""
     for closable in (False, None, True):

@@ -14,6 +14,7 @@ from torch.distributions.transforms import SoftplusTransform
 from pyro_amortize import (
     MLP,
     AutoAmortizedNormal,
+    Constant,
     Table,
     Window,
     amortization_gap,
@@ -372,6 +373,14 @@ def test_the_conditioning_gap_takes_as_many_steps_as_are_asked_for(monkeypatch):
         walk, guide, (x,), {}, plan_amortization(walk, x), "series", Options(progress=False), 20, 5
     ).lacking
     assert "it sees 1 neighbour on a side, where the whole series informs it" in lacking["series/time"]
+
+
+def test_one_answer_for_all_data_is_not_told_to_train_longer():
+    guide = AutoAmortizedNormal(model, encoder=Constant())
+    fit_svi(model, guide, DATA, num_steps=100, lr=0.05, seed=0, progress=False)
+    (text,) = amortization_gap(model, guide, DATA, num_draws=200, num_steps=100, progress=False).advice
+    assert "take an encoder that sees them" in text
+    assert "train longer" not in text
 
 
 def test_each_encoder_s_share():

@@ -1,6 +1,7 @@
 """Plans, from facts."""
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +10,7 @@ import torch
 from models import CASES, SIGMA, TAU, TOTAL
 from pyro import poutine
 
-from pyro_amortize import AmortizationPlan, AutoAmortizedNormal, plan_amortization
+from pyro_amortize import MLP, AmortizationPlan, AutoAmortizedNormal, Constant, plan_amortization
 from pyro_amortize.examination import examine
 from pyro_amortize.planner import build_plan
 
@@ -160,6 +161,30 @@ def test_closable_is_the_theorem_for_the_linear_model():
     plan = plan_amortization(CASES["linear"].make(), torch.randn(50) * (TAU**2 + SIGMA**2) ** 0.5)
     assert plan.verdict.closable is True
     assert plan.verdict.factorizes
+
+
+def plan_with(encoder):
+    args, _ = CASES["linear"].example()
+    guide = AutoAmortizedNormal(CASES["linear"].make(), encoder=encoder)
+    guide.initialize(*args)
+    return guide.plan
+
+
+@pytest.mark.parametrize("encoder", [Constant(), {"z": Constant()}, {"n": Constant()}], ids=str)
+def test_one_answer_for_all_rows_is_not_taken_for_an_encoder_that_sees_them(encoder):
+    plan = plan_with(encoder)
+    assert plan.block_of("z").amortized
+    assert plan.block_of("z").closable is plan.verdict.closable is False
+    assert plan.verdict.factorizes
+    assert "Constant()" in plan.verdict.reason
+    assert "'z'" in plan.verdict.reason
+    assert re.split(" {2,}", str(plan).splitlines()[2])[1:] == ["z", "n", "1", "one row for all", "-", "no"]
+    assert AmortizationPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_one_answer_is_all_that_a_global_needs():
+    plan = plan_with({"theta": Constant(), "z": MLP()})
+    assert plan.block_of("theta").closable is plan.block_of("z").closable is plan.verdict.closable is True
 
 
 # Choices.
