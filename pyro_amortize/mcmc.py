@@ -281,8 +281,8 @@ class _WithPrior(Messenger):
 def _idle(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[Any]) -> list[str]:
     """Finds the latents of whose entries a mask covers some, on which no density depends."""
     latents = {site["name"]: site for site in sites if not site["is_observed"]}
-    masks = {name: site_mask(site) for name, site in latents.items()}
-    masks = {name: mask for name, mask in masks.items() if mask is not None and not bool(mask.all())}
+    found = ((name, site_mask(site)) for name, site in latents.items())
+    masks = {name: mask for name, mask in found if mask is not None and not bool(mask.all())}
     values = {name: site["value"] for name, site in latents.items()}
 
     def densities(values: dict[str, Tensor]) -> Tensor:
@@ -291,12 +291,11 @@ def _idle(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: li
             trace.compute_log_prob()
         return torch.stack([site["log_prob_sum"] for site in trace.nodes.values() if "log_prob_sum" in site])
 
-    found = []
-    for name, mask in masks.items():
+    def is_idle(name: str, mask: Tensor) -> bool:
         other = torch.where(mask, values[name], generic_value(latents[name]))
-        if torch.equal(densities(values), densities({**values, name: other})):
-            found.append(name)
-    return found
+        return torch.equal(densities(values), densities({**values, name: other}))
+
+    return [name for name, mask in masks.items() if is_idle(name, mask)]
 
 
 def _init_in_shape(sites: list[Any]) -> Callable[[Any], Tensor]:
