@@ -51,8 +51,8 @@ def advise(
         add(
             gap,
             se,
-            "on unseen data the encoder loses",
-            "more data, a smaller encoder, or weight decay narrows that",
+            "on unseen data the encoder loses another",
+            "train on more data, also on such as guide.predictive makes",
             False,
         )
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
