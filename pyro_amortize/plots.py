@@ -94,7 +94,7 @@ def comparison(
         _errors(axes[1], moments, colors)
     _elbo_curves(upper, losses, seconds, colors)
     handles = [_line(color) for color in colors.values()]
-    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(len(labels), 5)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 5)), frameon=False)
     return figure
 
 
