@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,16 @@ def _subplots(rows: int, columns: int, heights: list[float] | None = None, **kwa
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(layout="constrained", **kwargs)
+    figure: Any = Figure(layout="constrained", **kwargs)
+    figure._repr_png_ = partial(_png, figure)  # notebooks know figures only once pyplot has made one
     return figure, figure.subplots(rows, columns, height_ratios=heights)
+
+
+def _png(figure: Any) -> bytes:
+    """Returns the picture that a notebook shows."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def gaps(per_datum: pd.DataFrame, k_threshold: float, unseen: pd.DataFrame | None = None, num_worst: int = 12) -> Any:
