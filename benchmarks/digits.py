@@ -14,7 +14,6 @@ downloaded once (1.6 MB) unless ``--images`` names the file. The tables are prin
 """
 
 import copy
-import gzip
 import math
 import tempfile
 import time
@@ -29,7 +28,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam
-from results import machine, parser_of, publish, table, use_threads, with_error
+from results import machine, parser_of, publish, read_images, table, use_threads, with_error
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -68,7 +67,7 @@ def main():
     """Trains or loads, measures, prints, and writes."""
     options = parse()
     use_threads(options.threads)
-    digits = read_digits(options.images or download())
+    digits = (read_images(options.images or download()) > 127).float()
     was_there = options.guide is not None and options.guide.exists()
     model, guide = trained(digits[: 500 if options.quick else TRAINED_ON], options)
     x = digits[TRAINED_ON:][: options.data]
@@ -111,15 +110,6 @@ def download():
             raise SystemExit(f"Digits: no download of {URL}; say --images PATH. {error}") from None
         part.rename(path)
     return path
-
-
-def read_digits(path):
-    """Returns binarized images, shape (10000, 784)."""
-    raw = bytearray(gzip.decompress(path.read_bytes()))
-    header = [int.from_bytes(raw[i : i + 4], "big") for i in range(0, 16, 4)]
-    if header != [2051, 10000, 28, 28]:
-        raise SystemExit(f"Digits: {path} is no file of MNIST's test images; its header is {header}.")
-    return (torch.frombuffer(raw, dtype=torch.uint8, offset=16).reshape(-1, PIXELS) > 127).float()
 
 
 def trained(x, options):

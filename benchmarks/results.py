@@ -6,6 +6,7 @@ repeats, and the contenders of a repeat run one after the other, so that noise o
 
 import argparse
 import datetime
+import gzip
 import math
 import multiprocessing
 import os
@@ -115,6 +116,15 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024)
 
 
+def read_images(path):
+    """Returns the images of an idx3-ubyte.gz file, one a row, pixels from 0 to 255."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    magic, count, height, width = (int.from_bytes(raw[i : i + 4], "big") for i in range(0, 16, 4))
+    if magic != 2051 or len(raw) != 16 + count * height * width:
+        raise SystemExit(f"{path} is no file of images in MNIST's idx format.")
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=16).reshape(count, height * width)
+
+
 def spread(values, digits=3):
     """Writes the median of values, and their quartiles if there are several."""
     if len(values) == 1:
@@ -158,16 +168,18 @@ def machine(*packages, threads=None):
     )
 
 
-def publish(title, lines, quick):
-    """Prints a section, and writes it unless it is of a quick run."""
+def publish(title, lines, quick, path=RESULTS):
+    """Prints a section, and writes it to a file of results unless it is of a quick run."""
     text = "\n".join(lines)
     print(f"\n{text}")
     if not quick:
-        write_section(title, text)
+        write_section(title, text, path)
 
 
-def write_section(title, text):
-    """Puts a section in the place of the one of that title, or at the end of the results."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Results of the benchmarks\n"
-    others = re.sub(rf"\n## {title}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL)
-    RESULTS.write_text(f"{others.rstrip()}\n\n## {title}\n\n{text}\n")
+def write_section(title, text, path):
+    """Puts a section in the place of the one of that title, or at the end of the file."""
+    old = path.read_text() if path.exists() else "# Results of the benchmarks\n"
+    section = f"\n## {title}\n\n{text}\n"
+    there = re.search(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", old, flags=re.DOTALL)
+    start, end = there.span() if there else (len(old), len(old))
+    path.write_text(old[:start] + section + old[end:])
