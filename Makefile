@@ -7,7 +7,7 @@ CONSTRAINTS ?= .constraints.txt
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP = $(VENV)/.installed
 
-.PHONY: demo bench test test-slow test-newest compatibility tutorials lint clean
+.PHONY: demo bench paper test test-slow test-newest compatibility tutorials lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python tutorials/demo.py
@@ -19,6 +19,12 @@ bench: $(STAMP)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[bench]"
 	$(foreach name,$(BENCH),$(VENV)/bin/python benchmarks/$(name).py \
 	  $(and $(filter digits,$(name)),$(IMAGES),--images $(IMAGES)) $(BENCH_OPTIONS) &&) true
+
+# The experiments of Margossian & Blei (2024), an hour and a half on two cores; PAPER=linear picks one, and
+# PAPER_OPTIONS=--quick is handed on.
+PAPER ?= linear nonlinear saw hmm closed_forms digits
+paper: $(STAMP)
+	$(foreach name,$(PAPER),$(VENV)/bin/python -m benchmarks.paper.$(name) $(PAPER_OPTIONS) &&) true
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
