@@ -192,7 +192,7 @@ def draw_curves(axis, experiment, best, floor, colors, by_time=False):
     axis.set_ylabel("nats below the best ELBO")
     axis.invert_yaxis()
     if not by_time:
-        axis.legend(framealpha=0.8, edgecolor="none", fontsize="xx-small", loc="lower right")
+        axis.legend(framealpha=0.8, edgecolor="none", fontsize="xx-small", loc="best")
 
 
 def draw_steps(axis, steps, most, xlabel):

@@ -208,7 +208,7 @@ def verdicts(known, losses, steps):
             "loss 2,933.55",
             f"{spread(losses[CONST], 6)}; best {known[CONST]:,.2f}",
             max(losses[CONST]) < known[CONST] + 1,
-            "closed form",
+            "one q for all data cannot follow x_{n-1} and x_n",
         ),
         (
             "narrow encoders may end at const (its notebook; not in the text)",
@@ -222,7 +222,8 @@ def verdicts(known, losses, steps):
             "17,595 steps of F-VI, 7,145 of k = 10: 2.5 times",
             told(ratios, 2, " times"),
             bool(ratios) and min(ratios) > 2,
-            "its rate was 0.001, at which a table takes 10,000 steps from 0 to means near 10; a bias moves all at once",
+            "its tables start near 0 and run at rate 0.001, 10,000 steps to means near 10; ours start at the "
+            "prior's medians, x_{n-1}, encoders at their mean, and all run at 0.01",
         ),
     ]
 
