@@ -6,7 +6,7 @@
   linear encoder nothing more; a normal with full covariance, written by hand, loses none.
 * z ~ N(0, 1), x ~ N(z, 1): a const guide loses a quarter of the variance of x, in nats a datum.
 
-Run it with ``make paper PAPER=closed_forms``, a minute on two cores, or with ``PAPER_OPTIONS=--quick``, half a minute.
+Run it with ``make paper PAPER=closed_forms``, a minute, or with ``PAPER_OPTIONS=--quick``, within a minute.
 """
 
 import math
@@ -95,7 +95,7 @@ def row(what, known, gaps, name):
     """Returns a row of the table: the mean of a gap over data."""
     found, se = float(gaps[name].mean()), math.sqrt(float((gaps[f"{name}_se"] ** 2).sum())) / len(gaps)
     agrees = "yes" if abs(found - known) <= 3 * se + 0.002 else "**no**"
-    return what, f"{known:.6f}", f"{found:.6f} ± {se:.6f}", agrees
+    return what, f"{known:.6f}", f"{round(found, 6) + 0.0:.6f} ± {se:.6f}", agrees
 
 
 def poisson_rows(x, options):

@@ -6,7 +6,7 @@ standardized x_n. F-VI starts from the package's default (z = 0), from draws of 
 best encoder; from there once more with ten draws a step and lower rates, unlike all others, which shows what the noise
 of steps costs a table. The ELBO of this model has several optima in each z_n: gaps are to the best fit found.
 
-Run it with ``make paper PAPER=nonlinear``, half an hour on two cores, or with ``PAPER_OPTIONS=--quick``, half a minute.
+Run it with ``make paper PAPER=nonlinear``, 50 minutes, or with ``PAPER_OPTIONS=--quick``, within a minute.
 """
 
 import math
