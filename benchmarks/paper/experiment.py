@@ -201,6 +201,7 @@ def draw_steps(axis, steps, most, xlabel):
     axis.boxplot(values, orientation="horizontal", tick_labels=list(steps), patch_artist=True)
     axis.axvline(most, color="0.6", linestyle=":", linewidth=1)
     axis.set(xscale="log", xlabel=xlabel)
+    axis.tick_params(axis="x", which="both", labelsize="x-small")
     axis.invert_yaxis()
 
 
