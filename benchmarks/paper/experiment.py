@@ -15,6 +15,7 @@ import pandas as pd
 import pyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.results import clock_of_steps, machine, publish, shortly, spread, table
 from pyro_amortize import AutoAmortizedNormal, SVIFit, compare_inference, fit_mean_field, fit_svi
@@ -201,7 +202,10 @@ def draw_steps(axis, steps, most, xlabel):
     axis.boxplot(values, orientation="horizontal", tick_labels=list(steps), patch_artist=True)
     axis.axvline(most, color="0.6", linestyle=":", linewidth=1)
     axis.set(xscale="log", xlabel=xlabel)
-    axis.tick_params(axis="x", which="both", labelsize="x-small")
+    axis.set_xlim(left=0.8 * min(each for of_method in values for each in of_method))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.invert_yaxis()
 
 

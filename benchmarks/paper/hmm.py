@@ -8,7 +8,7 @@ tell far from the start; and one drawn from the model.
 The chain is written as one factor in a plate rather than as a loop of 100 sites, which takes a fraction of the time;
 ``Window(..., along="time")`` says along what its neighbours stand.
 
-Run it with ``make paper PAPER=hmm``, three minutes on two cores, or with ``PAPER_OPTIONS=--quick``, half a minute.
+Run it with ``make paper PAPER=hmm``, five minutes, or with ``PAPER_OPTIONS=--quick``, within a minute.
 """
 
 import pyro

@@ -5,7 +5,7 @@ on x_{n-1} as well as on x_n, and is linear in both: an encoder of x_n alone lea
 (x_{n-1}, x_n) closes it. Everything is normal, so that the optimum of F-VI, of const and of linear encoders is known.
 Encoders are linear, or networks of two hidden layers of k ReLU units, the widths of the paper.
 
-Run it with ``make paper PAPER=saw``, ten minutes on two cores, or with ``PAPER_OPTIONS=--quick``, half a minute.
+Run it with ``make paper PAPER=saw``, a quarter of an hour, or with ``PAPER_OPTIONS=--quick``, within a minute.
 """
 
 import math
