@@ -194,7 +194,9 @@ print(f"inference gap of all new trials: report {total:.3f} ± {total_se:.3f}, e
 # ## Where to go next
 #
 # - Your own model: print its plan first. If it says `closable: False`, or raises, it names the site and what to do.
-# - A wider encoder, a network of your own, a table for one site: `AutoAmortizedNormal(model, encoder=...)`.
+# - Pyro code that you have: [How do I move the Pyro code I have to an amortized guide?](02_moving_over.ipynb)
+# - A wider encoder, a network of your own, other inputs:
+#   [How do I use a network of my own as the encoder?](07_your_own_encoder.ipynb)
 # - No loop of your own: `fit_svi(model, guide, ...)`, with minibatches, a progress bar and a record of the fit.
 # - Other methods side by side, with times: `compare_inference(model, ...)`.
 # - Real data, against mean-field and MCMC: `demo.py`, next to this page.

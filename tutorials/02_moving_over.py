@@ -417,8 +417,11 @@ same, latents.shape, replicated.shape
 # %% [markdown]
 # ## Where to go next
 #
-# - Amortized guides from the start, and how to read a gap: `01_first_guide`.
-# - Encoders for groups, series, images and discrete latents: the README, "Which guide for which model".
+# - Amortized guides from the start:
+#   [How do I get posteriors for rows my model has never seen?](01_first_guide.ipynb)
+# - How to read a gap report, and what to do next: [What did amortizing cost me?](05_what_did_it_cost.ipynb)
+# - Encoders for [groups](06_groups_and_missing_data.ipynb), [series](04_when_it_is_not.ipynb) and
+#   [images](07_your_own_encoder.ipynb); for all others the README, "Which guide for which model".
 # - Amortized, mean-field and MCMC side by side: `compare_inference(model, x)`.
 #
 # The last cell holds this page to its claims.

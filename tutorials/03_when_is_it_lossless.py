@@ -421,7 +421,7 @@ print(worst[["amortization_gap", "amortization_gap_se", "exact"]].T.to_string(fl
 # - When the plan says `closable: False`: [When can no encoder of a datum be enough?](04_when_it_is_not.ipynb)
 # - A first guide, step by step: [How do I get posteriors for rows my model has never seen?](01_first_guide.ipynb)
 # - Your own model: `compare_inference(model, x)`, with encoders of several widths and F-VI from several starts as
-#   `methods`; then `amortization_gap` of the best.
+#   `methods`; then `amortization_gap` of the best: [What did amortizing cost me?](05_what_did_it_cost.ipynb)
 #
 # The last cell holds this page to its claims.
 

@@ -403,7 +403,7 @@ plt.show()
 # - Your own series: print the plan first. Latents that a loop numbers, `z_0`, `z_1`, ..., get `Recurrent()` by default,
 #   and series may be of different lengths, padded under a mask; see "Series" in the README.
 # - Rows that need other rows without any order, as in crossed groups: the plan names the sites, "Limits" the way out.
-# - A first guide, step by step: [How do I get posteriors for rows my model has never seen?](01_first_guide.ipynb)
+# - Where a datum is enough: [When does amortizing cost nothing?](03_when_is_it_lossless.ipynb)
 #
 # The last cell holds this page to its claims.
 

@@ -395,8 +395,10 @@ print(population_table.round(2))
 #
 # - Your own groups: print the plan first. Where it says `closable: False` it names what couples them.
 # - More levels, as visits of children in schools, work the same way. `encoder=DeepSets(...)` changes the networks.
-# - Few groups, or questions unlike those of the training data: look at `report.generalization`, and simulate.
-# - Series, where the next value depends on the last: `Recurrent()` and `Window(radius)`.
+# - Few groups, or questions unlike those of the training data: look at `report.generalization`, and simulate; see
+#   [What did amortizing cost me?](05_what_did_it_cost.ipynb)
+# - Series, where the next value depends on the last: `Recurrent()` and `Window(radius)`; see
+#   [When can no encoder of a datum be enough?](04_when_it_is_not.ipynb)
 #
 # The last cell holds this page to its claims.
 

@@ -484,8 +484,7 @@ print("the same answers:", same)
 # - Series: `Window(radius, network=...)` and `Recurrent(network=...)` take networks of yours along an order; see
 #   [When can no encoder of a datum be enough?](04_when_it_is_not.ipynb)
 # - Sets, such as the pupils of a school: `DeepSets`; any other encoder gets the pooled features.
-# - What a gap is, and how to read a report: [How do I get posteriors for rows my model has never
-#   seen?](01_first_guide.ipynb)
+# - How to read a gap report, and what to do next: [What did amortizing cost me?](05_what_did_it_cost.ipynb)
 #
 # The last cell holds this page to its claims.
 
