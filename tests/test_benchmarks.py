@@ -1,5 +1,6 @@
 """Benchmarks: results take each other's place, and the experiments of the paper run and know their answers."""
 
+import gzip
 import importlib
 import math
 from argparse import Namespace
@@ -86,6 +87,16 @@ def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path):
         write_section(title, text, path)
     sections = "## One (of 2)\n\n3\n\n### Part\n\n## Two\n\n2\n\n## Three\n\n4\n"
     assert path.read_text() == f"# Results of the benchmarks\n\n{sections}"
+
+
+def test_images_are_read_and_other_files_refused(tmp_path):
+    read_images, path = imported("results").read_images, tmp_path / "images.gz"
+    header = b"".join(number.to_bytes(4, "big") for number in (2051, 2, 1, 3))
+    path.write_bytes(gzip.compress(header + bytes(range(6))))
+    assert read_images(path).tolist() == [[0, 1, 2], [3, 4, 5]]
+    path.write_bytes(gzip.compress(header + bytes(5)))
+    with pytest.raises(SystemExit, match=r"images\.gz is no file of images"):
+        read_images(path)
 
 
 class TestKnownAnswers:
