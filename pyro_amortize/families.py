@@ -19,8 +19,8 @@ class Normal:
 
     def distribution(self, loc: Tensor, raw: Tensor) -> Any:
         """Returns the distribution, from parameters of any one shape; it has no event dimensions."""
-        scale = torch.nn.functional.softplus(raw.contiguous()) + torch.finfo(raw.dtype).tiny
-        return dist.Normal(loc, scale)
+        least = torch.finfo(raw.dtype).eps ** 2  # whose square is no zero, so that densities are finite
+        return dist.Normal(loc, torch.nn.functional.softplus(raw.contiguous()) + least)
 
     def parameters(self, loc: Tensor, scale: Tensor) -> Tensor:
         """Returns the parameters, shape (..., 2 d), of the distribution with these moments, shape (..., d)."""

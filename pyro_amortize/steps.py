@@ -282,10 +282,12 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
         with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), _without_nan_warnings():
             guided = poutine.trace(guide).get_trace(*args, **kwargs)
             trace = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
+            guided.compute_log_prob()
             trace.compute_log_prob()
     except (ValueError, RuntimeError):
         return ""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not bool(site["log_prob_sum"].isfinite()):
-            return f" (site '{name}' of the model has log density {float(site['log_prob_sum'])})"
+    for program, sites in (("model", trace.nodes), ("guide", guided.nodes)):
+        for name, site in sites.items():
+            if site["type"] == "sample" and not bool(site["log_prob_sum"].isfinite()):
+                return f" (site '{name}' of the {program} has log density {float(site['log_prob_sum'])})"
     return ""

@@ -31,6 +31,19 @@ def test_scales_stay_positive_and_finite(raw):
     assert bool(torch.isfinite(value.grad).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_densities_are_finite_where_the_scale_underflows(dtype):
+    raw = torch.full((3,), -1e4, dtype=dtype, requires_grad=True)
+    loc = torch.tensor([0.0, 1.0, -32.0], dtype=dtype, requires_grad=True)
+    q = Normal().distribution(loc, raw)
+    density = q.log_prob(q.rsample())
+    assert bool(density.isfinite().all())
+    assert bool(torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0 * loc, 3.0)).isfinite().all())
+    density.sum().backward()
+    assert bool(raw.grad.isfinite().all())
+    assert bool(loc.grad.isfinite().all())
+
+
 def test_no_event_dimensions():
     q = Normal().distribution(torch.zeros(4, 3), torch.zeros(4, 3))
     assert q.batch_shape == (4, 3)

@@ -375,6 +375,20 @@ class TestNaN:
             assert pyro.param("width").item() > 0.45
             assert guide.posterior(x).mean["z"].isfinite().all()
 
+    def test_a_site_of_the_guide_is_named(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            scale = pyro.param("scale", torch.tensor(1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, scale * 1e-30))
+
+        with pytest.raises(RuntimeError, match=r"not finite at step 0 \(site 'z' of the guide"):
+            fit_svi(model, guide, DATA, num_steps=3, progress=False)
+
 
 @pytest.mark.parametrize("make", AUTOGUIDES)
 @pytest.mark.parametrize("stepped", [False, True], ids=["new", "after a step"])
