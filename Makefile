@@ -31,7 +31,7 @@ test: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2
-	PYRO_AMORTIZE_SMOKE=1 $(VENV)/bin/python -m pytest --nbmake tutorials
+	PYRO_AMORTIZE_SMOKE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --nbmake -n 2 tutorials
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow

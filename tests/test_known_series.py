@@ -136,7 +136,15 @@ def hmm_as_factors(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-@pytest.mark.parametrize(("radius", "gap"), [(0, 0.186033), (1, 0.023756), (2, 0.0034027), (3, 0.00049491)])
+@pytest.mark.parametrize(
+    ("radius", "gap"),
+    [
+        (0, 0.186033),
+        (1, 0.023756),
+        pytest.param(2, 0.0034027, marks=pytest.mark.slow),
+        pytest.param(3, 0.00049491, marks=pytest.mark.slow),
+    ],
+)
 def test_window_gaps_of_the_hidden_markov_model(radius, gap):
     """Known: the best means that see a window, edge data free, miss these gaps at x = 1, N = 100."""
     count = 100
