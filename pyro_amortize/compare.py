@@ -324,7 +324,7 @@ def _table(
         answers = _answers_new_rows(fit)
         row["seconds_per_new_row"] = (_seconds(_guide_of(fit), args, kwargs) if answers else row["seconds"]) / num_rows
         rows[label] = row
-    _break_even(rows, [label for label, fit in fits.items() if _answers_new_rows(fit)], fits)
+    _break_even(rows, fits)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).rename_axis("method")
     return table.astype({"num_parameters": "Int64", "break_even_rows": "Int64"})
 
@@ -349,10 +349,10 @@ def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float
     return sorted(times[1:])[2]
 
 
-def _break_even(rows: dict[str, dict[str, Any]], amortized: list[str], fits: Mapping[str, Any]) -> None:
+def _break_even(rows: dict[str, dict[str, Any]], fits: Mapping[str, Any]) -> None:
     """Fills in from how many rows on the fastest amortized fit costs less than fitting again by another method."""
-    seeing = [label for label in amortized if _breadth(fits[label]) != 0]
-    trained = [label for label in seeing if not math.isnan(rows[label]["seconds"])]
+    amortized = [label for label, fit in fits.items() if _answers_new_rows(fit)]
+    trained = [n for n in amortized if _breadth(fits[n]) != 0 and not math.isnan(rows[n]["seconds"])]
     if not trained:
         return
     fastest = rows[min(trained, key=lambda label: rows[label]["seconds"])]

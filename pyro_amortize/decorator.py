@@ -28,8 +28,7 @@ class AmortizedModel(PyroModule):
     def __init__(self, model: Model, guide_options: dict[str, Any]) -> None:
         super().__init__()
         state = self.__dict__  # not by attributes, which would make submodules of model and guide
-        state["_model"], state["_guide_options"], state["_guide"] = (model,), guide_options, None
-        state["__wrapped__"] = model
+        state["__wrapped__"], state["_guide_options"], state["_guide"] = model, guide_options, None
         for name in functools.WRAPPER_ASSIGNMENTS:
             if hasattr(model, name):
                 state[name] = getattr(model, name)
@@ -40,7 +39,7 @@ class AmortizedModel(PyroModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model."""
-        return self._model[0](*args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
 
     @property
     def guide(self) -> AutoAmortized:
@@ -81,26 +80,26 @@ class AmortizedModel(PyroModule):
     def train(self, mode: bool = True) -> AmortizedModel:
         """Sets the mode of the model."""
         super().train(mode)
-        if isinstance(self._model[0], nn.Module):
-            self._model[0].train(mode)
+        if isinstance(self.__wrapped__, nn.Module):
+            self.__wrapped__.train(mode)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        model = self.__dict__.get("_model", (None,))[0]
+        model = self.__dict__.get("__wrapped__")
         if isinstance(model, nn.Module):
             setattr(model, name, value)
         if not isinstance(model, nn.Module) or name in self.__dict__:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        model = self.__dict__.get("_model", (None,))[0]
+        model = self.__dict__.get("__wrapped__")
         if model is not None and name not in self.__dict__ and hasattr(model, name):
             return getattr(model, name)
         return super().__getattr__(name)
 
     def __reduce__(self) -> Any:
-        if isinstance(self._model[0], nn.Module):
-            return _again, (self._model[0], self.__dict__["_guide_options"], self.__dict__["_guide"])
+        if isinstance(self.__wrapped__, nn.Module):
+            return _again, (self.__wrapped__, self.__dict__["_guide_options"], self.__dict__["_guide"])
         return self.__qualname__
 
 

@@ -144,7 +144,7 @@ class _Planner:
             grouped.setdefault("/".join(site.plates) if together and site.plates else site.name, []).append(site)
         blocks, verdicts = [], []
         for name, sites in grouped.items():
-            site, verdict, reach = sites[0], None, None
+            site, verdict, reach, constant = sites[0], None, None, False
             if site.name not in self.locals:
                 levels: tuple[Level, ...] = ()
             elif self._has_table(site):
@@ -154,10 +154,11 @@ class _Planner:
                 levels, complete = self._levels(name, sites)
                 reach = self._reach(name, sites)
                 verdict = self.judge.judge(sites, self._together(sites), levels, complete, reach)
-                if site.plates and self._is_constant(name, sites):
+                constant = isinstance(self._encoder_of(name, sites), Constant)
+                if constant and site.plates:
                     verdict = one_answer(sites, verdict)
                 verdicts.append(verdict)
-            blocks.append(self._block(name, sites, levels, verdict, reach))
+            blocks.append(self._block(name, sites, levels, verdict, reach, constant))
         order = {site.name: i for i, site in enumerate(self.latents)}
         blocks.sort(key=lambda block: order[block.sites[0]])
         return AmortizationPlan(
@@ -335,7 +336,7 @@ class _Planner:
     def _reach(self, name: str, sites: list[Site]) -> Reach | None:
         """Returns how far the encoder of a block sees beside an element's own data."""
         plates = sites[0].plates
-        encoder = encoder_for(self.encoder, name, [site.name for site in sites], plates)
+        encoder = self._encoder_of(name, sites)
         couplings = self.judge.couplings(self._together(sites))
         loops = [plate for plate in plates if self.facts.plates[plate].series]
         if encoder is None:
@@ -352,12 +353,18 @@ class _Planner:
             )
         return None if along is None else Reach(along, encoder.radius if isinstance(encoder, Window) else None)
 
-    def _is_constant(self, name: str, sites: list[Site]) -> bool:
-        names = [site.name for site in sites]
-        return isinstance(encoder_for(self.encoder, name, names, sites[0].plates), Constant)
+    def _encoder_of(self, name: str, sites: list[Site]) -> Any:
+        """Returns the encoder that was asked for; None for the default."""
+        return encoder_for(self.encoder, name, [site.name for site in sites], sites[0].plates)
 
     def _block(
-        self, name: str, sites: list[Site], levels: tuple[Level, ...], verdict: Verdict | None, reach: Reach | None
+        self,
+        name: str,
+        sites: list[Site],
+        levels: tuple[Level, ...],
+        verdict: Verdict | None,
+        reach: Reach | None,
+        constant: bool,
     ) -> Block:
         names = tuple(site.name for site in sites)
         shapes = tuple(site.shape for site in sites)
@@ -384,7 +391,7 @@ class _Planner:
             reach=reach,
             logits=tuple(site.logits for site in sites),
             distribution=sites[0].distribution,
-            constant=verdict is not None and self._is_constant(name, sites),
+            constant=constant,
         )
 
     # What cannot be.

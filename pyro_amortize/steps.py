@@ -286,7 +286,7 @@ def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[
             trace.compute_log_prob()
     except (ValueError, RuntimeError):
         return ""
-    for program, sites in (("model", trace.nodes), ("guide", guided.nodes)):
+    for program, sites in (("guide", guided.nodes), ("model", trace.nodes)):
         for name, site in sites.items():
             if site["type"] == "sample" and not bool(site["log_prob_sum"].isfinite()):
                 return f" (site '{name}' of the {program} has log density {float(site['log_prob_sum'])})"
