@@ -68,6 +68,8 @@ def main():
     options = parse()
     use_threads(options.threads)
     digits = (read_images(options.images or download()) > 127).float()
+    if digits.shape != (10_000, PIXELS):
+        raise SystemExit(f"Digits: {options.images} holds other images than MNIST's test images.")
     was_there = options.guide is not None and options.guide.exists()
     model, guide = trained(digits[: 500 if options.quick else TRAINED_ON], options)
     x = digits[TRAINED_ON:][: options.data]

@@ -146,12 +146,11 @@ def mean_square_error(guide, x):
 
 def drawn(fits, compared, epochs, options):
     """Draws ELBOs against steps and seconds, gaps by width, and epochs until near F-VI's ELBO."""
-    figure, (by_step, by_time, gaps, boxes) = new_figure(
+    figure, (*curves, gaps, boxes) = new_figure(
         "ELBO by step", "ELBO by time", "gap by width", f"epochs to within {100 * NEAR:g} % of F-VI's ELBO"
     )
     best = float(compared["elbo"].max())
-    for axis, by in ((by_step, False), (by_time, True)):
-        draw_curves(axis, fits, best, 10.0, colors_of(METHODS), by)
+    draw_curves(curves, fits, best, 10.0, colors_of(METHODS))
     levels = {
         name: (float(compared.loc[name, "gap"].median()), color) for name, color in colors_of([F_VI, CONST]).items()
     }

@@ -169,31 +169,29 @@ def colors_of(names):
     return {name: colors.get(name, "red") for name in names}
 
 
-def draw_curves(axis, experiment, best, floor, colors, by_time=False):
+def draw_curves(axes, experiment, best, floor, colors):
     """Draws how far the loss of every fit is from the best ELBO, the best at the top.
 
     Args:
-        axis: Where.
+        axes: Where, against steps, and against seconds: steps at the median time of one.
         experiment: The fits.
         best: The ELBO at the top.
         floor: Nats below which distances are not told apart.
         colors: Method -> its color; others are left out.
-        by_time: Whether against seconds, steps at the median time of one, and without a legend.
     """
     for name, color in colors.items():
-        unit = experiment.seconds_a_step(name) if by_time else 1.0
         for run in experiment.runs[name]:
             losses = run.fit.losses.double().numpy()
             edges = np.unique(np.geomspace(1, len(losses), 80).astype(int))
             behind = np.add.reduceat(losses, edges[:-1] - 1) / np.diff(np.append(edges[:-1], len(losses) + 1)) + best
             first = run is experiment.runs[name][0]
             style = {"color": color, "linewidth": 0.9, "alpha": 0.8, "label": name if first else None}
-            axis.plot(edges[:-1] * unit, np.maximum(behind, floor), **style)
-    axis.set(xscale="log", yscale="log", xlabel="seconds, without compiling" if by_time else "step")
-    axis.set_ylabel("nats below the best ELBO")
-    axis.invert_yaxis()
-    if not by_time:
-        axis.legend(framealpha=0.8, edgecolor="none", fontsize="xx-small", loc="best")
+            for axis, unit in zip(axes, (1.0, experiment.seconds_a_step(name)), strict=True):
+                axis.plot(edges[:-1] * unit, np.maximum(behind, floor), **style)
+    for axis, xlabel in zip(axes, ("step", "seconds, without compiling"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="nats below the best ELBO")
+        axis.invert_yaxis()
+    axes[0].legend(framealpha=0.8, edgecolor="none", fontsize="xx-small", loc="best")
 
 
 def draw_steps(axis, steps, most, xlabel):

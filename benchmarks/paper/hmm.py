@@ -22,8 +22,6 @@ from benchmarks.results import parser_of, spread, table, use_threads
 from pyro_amortize import Table, Window
 
 RADII = 0, 1, 2, 3
-KNOWN = 0.186033, 0.023756, 0.0034027, 0.00049491
-"""Gaps of the best windows' means where x = 1 and there are 100 data."""
 SIZES = {
     "steps": (2000, 100, "steps of a fit"),
     "seeds": (3, 2, "seeds of every fit"),

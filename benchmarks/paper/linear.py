@@ -153,11 +153,10 @@ def elbo_of(guide, x):
 
 def drawn(fits, steps, optima, near, options):
     """Draws ELBOs against steps and seconds, and steps until near the optimum."""
-    figure, (by_step, by_time, boxes) = new_figure(
+    figure, (*curves, boxes) = new_figure(
         f"learning rate {RATE}", f"learning rate {RATE}", f"until within {near:g} nats of F-VI's best"
     )
-    for axis, by in ((by_step, False), (by_time, True)):
-        draw_curves(axis, fits[RATE], optima[F_VI], 1.0, colors_of(ENCODERS), by)
+    draw_curves(curves, fits[RATE], optima[F_VI], 1.0, colors_of(ENCODERS))
     boxed = {f"{name}, {rate}": steps[rate][name] for rate in RATES for name in ENCODERS}
     draw_steps(boxes, boxed, options.steps, "steps, by learning rate")
     return figure

@@ -158,13 +158,12 @@ def loss_of(guide, x):
 
 def drawn(fits, compared, steps, options):
     """Draws ELBOs against steps and seconds, gaps, and steps until near the best."""
-    figure, (by_step, by_time, gaps, boxes) = new_figure(
+    figure, (*curves, gaps, boxes) = new_figure(
         "ELBO by step", "ELBO by time", "gap by width", f"until within {NEAR} nats of the best"
     )
     best = float(compared["elbo"].max())
     shown = [F_VI, CONST, f"{OWN}, linear", f"{OWN}, k = 20", f"{PAIR}, linear", f"{PAIR}, k = 20"]
-    for axis, by in ((by_step, False), (by_time, True)):
-        draw_curves(axis, fits, best, 0.1, colors_of(shown), by)
+    draw_curves(curves, fits, best, 0.1, colors_of(shown))
     series = {
         f"encoder of {what}": [compared.loc[name, "gap"] for name in methods]
         for what, methods in ((OWN, OF_OWN), (PAIR, OF_PAIR))
