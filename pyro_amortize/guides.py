@@ -7,13 +7,11 @@ model's own plates, masks and scales have acted on the site. It leaves the model
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,46 +21,26 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide.guides import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.runtime import effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_amortize.building import Builder, check_encoder
 from pyro_amortize.calls import Call, Model, signature_of
-from pyro_amortize.encoders import (
-    MLP,
-    Constant,
-    DeepSets,
-    Encoder,
-    Heads,
-    Recurrent,
-    Rows,
-    Table,
-    decode_option,
-    encode_option,
-    encoder_for,
-    gathered,
-    is_of,
-    on_rows,
-    width_of,
-)
+from pyro_amortize.encoders import Encoder, Heads
 from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
-from pyro_amortize.handler import GuidedRun, Replicate, part_key
+from pyro_amortize.handler import GuidedRun, Replicate
 from pyro_amortize.inputs import Preparation, Prepare
-from pyro_amortize.loops import merged
-from pyro_amortize.parameters import load_model_state, model_state, preserved
-from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
+from pyro_amortize.parameters import preserved
+from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
-from pyro_amortize.reading import Reading
-from pyro_amortize.structure import Family, Structure
-from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from pyro_amortize.storage import load_model_state, model_state, options_of, read, write
+from pyro_amortize.supports import init_to_center
 
 
 class AutoAmortized(AutoGuide):
@@ -142,14 +120,14 @@ class AutoAmortized(AutoGuide):
         super().__init__(model)
         self._pyro_name = _unique_name(type(self))
         self.plan: AmortizationPlan | None = None
-        self.options = {
+        self.options: dict[str, Any] = {
             "family": family,
             "encoder": encoder,
             "inputs": inputs,
             "prepare": prepare,
             "init_scale": float(init_scale),
         }
-        _check_encoder(type(self).__name__, encoder)
+        check_encoder(type(self).__name__, encoder)
         self.family = FAMILIES[family]()
         self.init_loc_fn = init_loc_fn
         self.coders = nn.ModuleDict()
@@ -197,25 +175,20 @@ class AutoAmortized(AutoGuide):
         if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
             return
         facts = examine(self.model, args, kwargs)
-        levels = {"/".join(site.plates) for site in facts.latents if site.plates}
-        tables, apart = self._choices(set(facts.sites) | set(facts.plates) | levels, facts.families)
-        plan = build_plan(facts, tables, apart, self.options["inputs"], self.options["encoder"])
-        self._refuse_misplaced(plan)
-        beginning, sample = self._excerpts(facts, plan, args, kwargs)
+        builder = self._builder()
+        plan = build_plan(facts, *builder.choices(facts), self.options["inputs"], self.options["encoder"])
+        builder.refuse_misplaced(plan)
+        beginning, sample = builder.excerpts(facts, plan, (args, kwargs))
         run = GuidedRun(self, *sample, {}, plan=plan)
         examples = run.examples()
         cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)
         data = [*Call(self.model, args, kwargs).tensors.values(), *cells]
         floating = [value.dtype for value in data if value.is_floating_point()]
-        self.dtype = floating[0] if floating else torch.get_default_dtype()
+        dtype = floating[0] if floating else torch.get_default_dtype()
         device = data[0].device if data else torch.empty(()).device
-        blocks, preparations = [], nn.ModuleDict()
-        for block in plan.blocks:
-            if block.name in examples:
-                block, preparations[part_key(block.name)] = self._prepared(block, examples[block.name], device)
-            blocks.append(block)
-        self._build(replace(plan, blocks=tuple(blocks)), preparations, examples, device)
-        trace = self._start(*beginning)
+        plan, preparations = builder.prepared(plan, examples, device, dtype)
+        self._take(plan, builder.coders(plan, preparations, examples, device, dtype), preparations, dtype)
+        trace = builder.start(plan, self.coders, self.model, beginning, self.init_loc_fn)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
         run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
@@ -339,9 +312,7 @@ class AutoAmortized(AutoGuide):
         """
         self._refuse_uninitialized("save")
         assert self.plan is not None
-        options = {name: encode_option(value) for name, value in self.options.items()}
-        model = model_state(self.model, self.plan.params)
-        torch.save({"guide": self.state_dict(), "options": options, "model": model}, path)
+        write(path, self, self.options, model_state(self.model, self.plan.params))
 
     @classmethod
     def load(
@@ -358,19 +329,8 @@ class AutoAmortized(AutoGuide):
         Raises:
             ValueError: Such an option is missing.
         """
-        state = torch.load(path, map_location=map_location, weights_only=True)
-        options = {}
-        for name, code in state["options"].items():
-            if name in guide_options:
-                options[name] = guide_options[name]
-            elif "own" in code:
-                raise ValueError(
-                    f"{cls.__name__}.load: the guide was made with {name}={code['own']}, of your own. Pass it again: "
-                    f"{cls.__name__}.load(path, model, {name}=...)."
-                )
-            else:
-                options[name] = decode_option(code)
-        guide = cls(model, **{**guide_options, **options})
+        state = read(path, map_location)
+        guide = cls(model, **options_of(cls.__name__, state["options"], guide_options))
         guide.load_state_dict(state["guide"])
         load_model_state(model, state["model"])
         return guide
@@ -387,15 +347,14 @@ class AutoAmortized(AutoGuide):
         """Makes the modules of a saved plan, unless they are there; their values follow."""
         if not state or state == self.get_extra_state():
             return
-        self.dtype = getattr(torch, state["dtype"])
+        dtype = getattr(torch, state["dtype"])
         plan = AmortizationPlan.from_dict(state["plan"])
         preparations = nn.ModuleDict()
         for block in plan.blocks:
             if block.amortized:
-                preparations[part_key(block.name)] = Preparation(block.levels, self.options["prepare"])  # type: ignore[arg-type]
-        self._build(plan, preparations, state["widths"], torch.device("cpu"))
-        for preparation in preparations.values():
-            preparation.to(self.dtype)
+                preparations[block.key] = Preparation(block.levels, self.options["prepare"]).to(dtype)
+        coders = self._builder().coders(plan, preparations, state["widths"], torch.device("cpu"), dtype)
+        self._take(plan, coders, preparations, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's would take the model away from the guide that is being copied.
@@ -415,172 +374,24 @@ class AutoAmortized(AutoGuide):
             )
         return super().__getattr__(name)
 
-    # Making the parts.
+    # The parts.
 
-    def _choices(self, known: set[str], families: tuple[Family, ...]) -> tuple[frozenset[str], frozenset[str]]:
-        """Returns which sites and plates have tables, and which sites an encoder of their own."""
-        encoder, inputs = self.options["encoder"], self.options["inputs"]
-        for option, value in (("encoder", encoder), ("inputs", inputs)):
-            for key in value if isinstance(value, dict) else ():
-                if key not in known:
-                    of = next((f"; '{key}' is one of '{f.name}'" for f in families if f.numbers(key)), "")
-                    raise ValueError(
-                        f"{type(self).__name__}: {option}={{'{key}': ...}} names no site or plate of the plan{of}. "
-                        f"Known: {sorted(known)}."
-                    )
-        if isinstance(encoder, dict):
-            tables = {key for key, value in encoder.items() if isinstance(value, Table)}
-            apart = set(encoder) - tables
-        else:
-            tables, apart = known if isinstance(encoder, Table) else set(), set()
-        if isinstance(inputs, dict):
-            apart |= set(inputs)
-        return frozenset(tables), frozenset(apart)
+    def _builder(self) -> Builder:
+        return Builder(type(self).__name__, self.options, self.family)
 
-    def _excerpts(
-        self, facts: Structure, plan: AmortizationPlan, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Arguments, Arguments]:
-        """Returns the call that parameters start from, and that statistics are taken from: of a long one, parts."""
-        inputs = self.options["inputs"]
-        functions = any(callable(value) for value in (inputs.values() if isinstance(inputs, dict) else [inputs]))
-        by_row = {plate for block in plan.blocks if not block.amortized for plate in block.plates}
-        if facts.part is None or functions or by_row & set(facts.part.plates):
-            return (args, kwargs), (args, kwargs)
-        return facts.part.arguments, facts.part.sample
-
-    def _prepared(self, block: Block, reading: Reading, device: torch.device) -> tuple[Block, Preparation]:
-        """Returns a block with the shapes that its data have, and the preparation that was measured on them."""
-        levels = []
-        for level, cells in zip(block.levels, reading.cells, strict=True):
-            if any(source.name == FUNCTION for source in level.sources):
-                shape = tuple(cells[0][0].shape[reading.count :])
-                level = replace(level, sources=(replace(level.sources[0], shape=shape),))
-            levels.append(level)
-        preparation = Preparation(levels, self.options["prepare"]).to(device)  # type: ignore[arg-type]
-        preparation.measure(reading.cells, self.dtype)
-        widths = [0 if rows is None else rows.shape[-1] for rows in preparation(reading.cells, self.dtype)]
-        levels = [replace(level, width=width) for level, width in zip(levels, widths, strict=True)]
-        return replace(block, levels=tuple(levels), features=sum(widths)), preparation
-
-    def _refuse_misplaced(self, plan: AmortizationPlan) -> None:
-        encoder = self.options["encoder"]
-        for key, value in encoder.items() if isinstance(encoder, dict) else ():
-            block = plan.block_of(key) or next((b for b in plan.blocks if is_of(key, b.plates) and b.amortized), None)
-            if not isinstance(value, Table) and (block is None or not block.amortized):
-                why = f"no rows of data inform '{key}'. Leave it out: it has a table"
-                if key in plan.observed:
-                    why = f"'{key}' is observed in this call. Initialize the guide by a call in which it is a latent"
-                raise ValueError(f"{type(self).__name__}: encoder={{'{key}': ...}}, but {why}.")
-
-    def _encoder_of(self, block: Block) -> Encoder:
-        encoder = encoder_for(self.options["encoder"], block.name, block.sites, block.plates)
-        if encoder is None:
-            return Recurrent() if block.reach else MLP((min(max(64, block.features // 2), 400),) * 2)
-        return encoder  # type: ignore[no-any-return]
+    def _take(
+        self, plan: AmortizationPlan, coders: nn.ModuleDict, preparations: nn.ModuleDict, dtype: torch.dtype
+    ) -> None:
+        self.plan, self.coders, self.preparations, self.dtype = plan, coders, preparations, dtype
+        self._exits, self._given = {}, {}
 
     def coder_of(self, block: Block) -> Any:
         """Returns the module that makes a block's parameters; not by attribute, which PyroModule would announce."""
-        return self._modules["coders"][part_key(block.name)]  # type: ignore[index]
+        return self._modules["coders"][block.key]  # type: ignore[index]
 
     def preparation_of(self, block: Block) -> Any:
         """Returns the module that prepares a block's inputs."""
-        return self._modules["preparations"][part_key(block.name)]  # type: ignore[index]
-
-    def _build(
-        self,
-        plan: AmortizationPlan,
-        preparations: nn.ModuleDict,
-        widths: dict[str, int] | dict[str, Reading],
-        device: torch.device,
-    ) -> None:
-        """Makes a coder for each block; ``widths`` are those of the trunks' output, or data to find them by."""
-        coders = nn.ModuleDict()
-        for block in plan.blocks:
-            sizes = block.widths(self.family.per_dim)
-            encoder = self._encoder_of(block)
-            if not block.amortized:
-                coders[part_key(block.name)] = Rows(block.rows, sizes).to(device, self.dtype)
-            elif isinstance(encoder, Constant):
-                coders[part_key(block.name)] = Rows(1, sizes).to(device, self.dtype)
-            else:
-                phis, in_features = _phis(block, encoder)
-                phis.to(device, self.dtype)
-                reader = None
-                if block.reach is not None:
-                    reader = encoder.reader(in_features).to(device, self.dtype)  # type: ignore[union-attr, operator]
-                    in_features = width_of(reader, in_features)
-                trunk = encoder if isinstance(encoder, nn.Module) else _made(encoder, block, in_features)
-                if trunk is not encoder:
-                    trunk = trunk.to(device, self.dtype)
-                width = widths[block.name]
-                if isinstance(width, Reading):
-                    coder = Heads(phis, reader, trunk, 0, ())
-                    width = self._trunk_width(block, coder, preparations[part_key(block.name)], width)
-                coder = Heads(phis, reader, trunk, width, sizes)
-                coder.heads.to(device, self.dtype)
-                coders[part_key(block.name)] = coder
-        self.coders, self.preparations = coders, preparations
-        self.plan = plan
-        self._exits, self._given = {}, {}
-
-    def features_of(self, block: Block, coder: Heads, features: list[Tensor | None], reading: Reading) -> Tensor:
-        """Brings prepared data of all levels of a block to its elements: shape (..., elements, features)."""
-        rows = gathered(coder.phis, features, reading.present, reading.moves)
-        if block.reach is not None:
-            axis = block.plates.index(block.reach.plate) - reading.count - 1
-            rows = coder.reader(reading.laid(rows), axis, reading.present[-1])  # type: ignore[misc]
-        return reading.elements(rows)
-
-    def _trunk_width(self, block: Block, coder: Heads, preparation: nn.Module, reading: Reading) -> int:
-        """Runs a trunk on example data; returns how many features it makes."""
-        with preserved(coder, evaluating=True), torch.no_grad():
-            rows = self.features_of(block, coder, preparation(reading.cells, self.dtype), reading)
-            try:
-                return on_rows(coder.trunk, rows).shape[-1]
-            except ValueError as error:
-                sites = ", ".join(f"'{site}'" for site in block.sites)
-                raise ValueError(f"{type(self).__name__}: for {sites}, {error}") from None
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{type(self).__name__}: the encoder of {list(block.sites)} does not take its data, of which every "
-                    f"row has {rows.shape[-1]} features (pooled ones included): {error}. Pass a function of their "
-                    f"number: encoder=lambda in_features: ..."
-                ) from None
-
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
-        """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the run of the model behind that."""
-        assert self.plan is not None
-        rng = pyro.util.get_rng_state()
-        with preserved(self.model, evaluating=True):
-            pyro.util.set_rng_state(rng)
-            with torch.no_grad(), poutine.block(), InitMessenger(_with_fallback(self.init_loc_fn)):
-                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-            rng = pyro.util.get_rng_state()
-        pyro.util.set_rng_state(rng)
-        nodes = merged(trace.nodes, self.plan.families, self.plan.loops)
-        for block in self.plan.blocks:
-            coder = self.coder_of(block)
-            for i, name in enumerate(block.sites):
-                start = self._start_of(nodes[name], block)
-                if isinstance(coder, Rows):
-                    same = len(start) == len(coder.values[i])
-                    coder.values[i].data.copy_(start if same else start.mean(0, keepdim=True))
-                else:
-                    coder.heads[i].weight.data.mul_(0.1)
-                    coder.heads[i].bias.data.copy_(start.mean(0))
-        return trace
-
-    def _start_of(self, site: Any, block: Block) -> Tensor:
-        """Returns the parameters with which q of a site starts, shape (elements, width); if discrete, the prior's."""
-        value = prior_logits(site["fn"]) if block.is_discrete else bijection(site).inv(site["value"])
-        batch = len(site["fn"].batch_shape)
-        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-        axes = [batch + frames[plate].dim for plate in block.plates]
-        value = value.detach().to(self.dtype).movedim(axes, list(range(len(axes)))).nan_to_num(0.0, 0.0, 0.0)
-        rows = value.reshape(math.prod(value.shape[: len(axes)]), -1)
-        if block.is_discrete:
-            return rows.clamp(min=-10.0, max=10.0)
-        return self.family.parameters(rows, torch.full_like(rows, self.options["init_scale"]))  # type: ignore[arg-type]
+        return self._modules["preparations"][block.key]  # type: ignore[index]
 
     def _announce(self) -> None:
         """Sends a param message for every parameter, so that any ELBO trains it."""
@@ -637,61 +448,6 @@ def _evaluating(*modules: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
-    """Starts sites in the middle of their support where ``init_loc_fn`` needs draws that an improper prior lacks."""
-
-    def init(site: Any) -> Tensor:
-        if site["fn"].support.is_discrete or is_delta(site["fn"]):
-            return site["fn"].sample()
-        try:
-            return init_loc_fn(site)
-        except NotImplementedError:
-            return init_to_center(site)
-
-    return init
-
-
-def _phis(block: Block, encoder: Any) -> tuple[nn.ModuleDict, int]:
-    """Makes the networks that run on rows before they are pooled; returns also how many features the trunk gets."""
-    sets = encoder if isinstance(encoder, DeepSets) else DeepSets()
-    series = encoder if isinstance(encoder, Recurrent) else Recurrent()
-    phis, widths = nn.ModuleDict(), [level.width for level in block.levels]
-    for i, level in enumerate(block.levels[:-1]):
-        assert level.into is not None
-        handed = widths[i]
-        if level.pooled and handed and level.in_order:
-            phis[str(i)] = series.reader(handed)
-            handed = width_of(phis[str(i)], handed) + 1
-        elif level.pooled and handed:
-            phis[str(i)] = sets.phi(handed)
-            handed += (sets.phi_dims[-1] if sets.phi_dims else handed) + 1
-        widths[level.into] += handed
-    return phis, widths[-1]
-
-
-def _made(encoder: Any, block: Block, in_features: int) -> nn.Module:
-    module = encoder(in_features)
-    if not isinstance(module, nn.Module):
-        raise ValueError(
-            f"AutoAmortized: the encoder of {list(block.sites)}, called with the number of features, returned a "
-            f"{type(module).__name__}. Expected an nn.Module, as MLP((64, 64)) gives; one may also be passed itself."
-        )
-    return module
-
-
-def _check_encoder(guide: str, encoder: Any) -> None:
-    for value in encoder.values() if isinstance(encoder, dict) else [encoder]:
-        if not (value is None or isinstance(value, (Table, Constant)) or callable(value)) or value in (
-            MLP,
-            Table,
-            Constant,
-        ):
-            raise ValueError(
-                f"{guide}: encoder={value!r}. Expected None, an nn.Module, a callable from the number of features to "
-                f"an nn.Module such as MLP((64, 64)), Table(), Constant(), or a dict from site or plate name to these."
-            )
 
 
 def _constantly(value: Any) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import has_nan, is_index
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import LIMIT, prior_median, typical
-from pyro_amortize.reading import Piece, Reader, Reading, free_plate
+from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plate
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
     PriorWithoutData,
@@ -332,7 +332,7 @@ class GuidedRun(Messenger):
             return coder(torch.arange(math.prod(reading.sizes)))  # type: ignore[no-any-return]
         prepare = self.guide.preparation_of(block)
         features = prepare(reading.cells, self.guide.dtype, looks=not self.answering)
-        rows = self.guide.features_of(block, coder, features, reading)
+        rows = features_of(block, coder, features, reading)
         if not self.answering:
             return coder(rows)  # type: ignore[no-any-return]
         parts = in_pieces(coder, rows, LIMIT // 8)
@@ -516,8 +516,3 @@ def _form_families(names: Any) -> bool:
     """Tells whether names like z_0, z_1 hint at a loop, whose length may depend on the data."""
     stems = [match.group(1) for name in names if (match := re.fullmatch(r"(.*?)\d+", name))]
     return len(stems) > len(set(stems))
-
-
-def part_key(name: str) -> str:
-    """Returns the name under which a block's modules are registered; one that no attribute of a module has."""
-    return f"[{name.replace('.', '/')}]"

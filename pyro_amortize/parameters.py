@@ -1,4 +1,4 @@
-"""A model's own parameters and state: left as found, and carried along when a guide is saved.
+"""A model's own parameters and state, left as found.
 
 They belong to the user. Looking at a model, judging it and fitting references to it all happen inside
 :func:`preserved`; training the model itself is the business of ``fit_svi`` alone.
@@ -6,20 +6,14 @@ They belong to the user. Looking at a model, judging it and fitting references t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
-import pyro.distributions.constraints as constraints
 import torch
-from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER as _DIVIDER
-from pyro.params.param_store import module_from_param_with_module_name
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-
-from pyro_amortize.calls import layers
 
 REGISTERS = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
 
@@ -115,112 +109,3 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     for name in set(now) - set(attributes):
         del now[name]
     now.update({name: value for name, value in attributes.items() if name not in REGISTERS})
-
-
-def model_state(model: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
-    """Returns what a model has learnt, as plain data that ``torch.load(weights_only=True)`` reads.
-
-    Args:
-        model: The model; if it is a module, its whole ``state_dict`` is taken.
-        names: Its sites in the param store. Those that ``pyro.module`` made are saved module by module, with buffers.
-
-    Raises:
-        NotImplementedError: A module cannot be found from the model, or a constraint is no plain data.
-    """
-    store = pyro.get_param_store()
-    names = [name for name in names if name in store]
-    own = _values(model) if isinstance(model, nn.Module) else {}
-    owned = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
-    modules, params = {}, {}
-    for name in names:
-        value = store._params[name]
-        if id(value) in owned:
-            continue
-        if _DIVIDER in name:
-            registered = module_from_param_with_module_name(name)
-            modules[registered] = _values(_registered_module(model, registered, _shapes(store, names, registered)))
-        else:
-            params[name] = {"value": value.detach().clone(), "constraint": _encode(name, store._constraints[name])}
-    return {"own": own, "modules": modules, "params": params}
-
-
-def load_model_state(model: Callable[..., Any], state: dict[str, Any]) -> None:
-    """Puts what :func:`model_state` returned into the model, the modules it registers, and the param store."""
-    if isinstance(model, nn.Module):
-        model.load_state_dict(state["own"])
-    for registered, values in state["modules"].items():
-        shapes = {name: value.shape for name, value in values.items()}
-        _registered_module(model, registered, shapes).load_state_dict(values)
-    store = pyro.get_param_store()
-    for name, param in state["params"].items():
-        if name in store and store._params[name].shape == param["value"].shape:
-            store._params[name].data.copy_(param["value"])
-        else:
-            constraint = _decode(param["constraint"])
-            if name in store:
-                del store[name]
-            store.setdefault(name, torch.distributions.transform_to(constraint)(param["value"]), constraint)
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
-
-
-def _shapes(store: Any, names: Iterable[str], registered: str) -> dict[str, torch.Size]:
-    prefix = registered + _DIVIDER
-    return {name[len(prefix) :]: store._params[name].shape for name in names if name.startswith(prefix)}
-
-
-def _registered_module(model: Callable[..., Any], registered: str, shapes: dict[str, torch.Size]) -> nn.Module:
-    """Finds the module behind ``pyro.module(registered, module)`` among those the model can reach."""
-    fits: dict[int, tuple[bool, nn.Module]] = {}
-    for name, module in _reachable_modules(model):
-        held = {n: v.shape for n, v in module.state_dict().items()}
-        trained = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
-        if held == shapes or trained == shapes:
-            called_so = name.rpartition(".")[2] == registered or fits.get(id(module), (False,))[0]
-            fits[id(module)] = called_so, module
-    found = [module for called_so, module in fits.values() if called_so] or [module for _, module in fits.values()]
-    if len(found) == 1:
-        return found[0]
-    raise NotImplementedError(
-        f"AutoAmortized.save and load: pyro.module('{registered}', ...) registers a module that cannot be told apart "
-        f"among those the model reaches ({len(found)} fit). Make the model a PyroModule that holds it as "
-        f"self.{registered.replace('.', '_')}."
-    )
-
-
-def _reachable_modules(model: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    for program in layers(model):
-        owner = getattr(program, "__self__", program)
-        roots: dict[str, Any] = {"": owner, **getattr(owner, "__dict__", {})}
-        function = getattr(program, "__func__", program)
-        if inspect.isfunction(function):
-            used = inspect.getclosurevars(function)
-            roots |= {**used.globals, **used.nonlocals}
-        for root, value in roots.items():
-            if isinstance(value, nn.Module):
-                yield from value.named_modules(prefix=root)
-
-
-def _encode(name: str, constraint: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for key, value in vars(constraint).items():
-        if isinstance(value, constraints.Constraint):
-            options[key] = _encode(name, value)
-        elif isinstance(value, (int, float, Tensor)):
-            options[key] = value
-        else:
-            raise NotImplementedError(
-                f"AutoAmortized.save: parameter '{name}' has the constraint {constraint!r}, which cannot be written "
-                f"as plain data. Save it apart: pyro.get_param_store().save(path)."
-            )
-    return {"type": type(constraint).__name__, "options": options}
-
-
-def _decode(code: dict[str, Any]) -> Any:
-    where = constraints if hasattr(constraints, code["type"]) else torch.distributions.constraints
-    cls = getattr(where, code["type"])
-    constraint = cls.__new__(cls)
-    constraint.__dict__.update({k: _decode(v) if isinstance(v, dict) else v for k, v in code["options"].items()})
-    return constraint

@@ -84,6 +84,11 @@ class Block:
     constant: bool = False
 
     @property
+    def key(self) -> str:
+        """The name under which its modules are registered; one that no attribute of a module has."""
+        return f"[{self.name.replace('.', '/')}]"
+
+    @property
     def is_discrete(self) -> bool:
         """Whether it holds a discrete site; these stand alone."""
         return self.distribution is not None

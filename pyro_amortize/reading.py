@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model, is_recorded
 from pyro_amortize.capture import Uncapturable
+from pyro_amortize.encoders import Heads, gathered
 from pyro_amortize.held import HeldRun, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
@@ -76,6 +77,15 @@ class Reading:
         lead = features.shape[: features.dim() - 1 - self.count]
         features = features.reshape(*lead, *features.shape[len(lead) :][: len(self.sizes)], features.shape[-1])
         return features.expand(*lead, *self.sizes, -1).reshape(*lead, -1, features.shape[-1])
+
+
+def features_of(block: Block, coder: Heads, features: list[Tensor | None], reading: Reading) -> Tensor:
+    """Brings prepared data of all levels of a block to its elements: shape (..., elements, features)."""
+    rows = gathered(coder.phis, features, reading.present, reading.moves)
+    if block.reach is not None:
+        axis = block.plates.index(block.reach.plate) - reading.count - 1
+        rows = coder.reader(reading.laid(rows), axis, reading.present[-1])  # type: ignore[misc]
+    return reading.elements(rows)
 
 
 def free_plate(block: Block, plates: dict[str, Plate]) -> str | None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyro_amortize import MLP, Constant, Table
-from pyro_amortize.encoders import Heads, Rows, decode_option, encode_option, trunk_features
+from pyro_amortize.encoders import Heads, Rows, trunk_features
 
 
 @pytest.mark.parametrize(("dims", "widths"), [((), []), ((7,), [7]), ([5, 6], [5, 6])], ids=str)
@@ -69,40 +69,3 @@ def test_trunks_without_the_batch_axis_are_refused(trunk, got):
 def test_trunks_that_return_location_and_scale_are_refused():
     with pytest.raises(ValueError, match=r"LSTM returned a tuple for data of shape \(5, 3\).*before its last layers"):
         trunk_features(nn.LSTM(3, 2), torch.randn(5, 3))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        None,
-        "auto",
-        0.1,
-        MLP((3, 4)),
-        MLP((), nn.Tanh),
-        Table(),
-        Constant(),
-        {"z": Table(), "n": MLP((2,))},
-        ["x", "y"],
-    ],
-    ids=str,
-)
-def test_options_survive_being_written_as_plain_data(option, tmp_path):
-    torch.save(encode_option(option), tmp_path / "option.pt")
-    assert decode_option(torch.load(tmp_path / "option.pt", weights_only=True)) == option
-
-
-@pytest.mark.parametrize(
-    ("option", "named"),
-    [(nn.Linear(2, 2), "Linear"), (torch.relu, "relu"), ({"z": nn.Linear(2, 2)}, r"{'z': Linear}")],
-    ids=["module", "function", "dict"],
-)
-def test_options_of_the_users_own_are_named(option, named):
-    assert encode_option(option) == {"own": named}
-
-
-def test_an_activation_of_the_users_own_makes_the_encoder_ones_own():
-    class Cube(nn.Module):
-        def forward(self, x):
-            return x**3
-
-    assert "own" in encode_option(MLP((3,), Cube))
