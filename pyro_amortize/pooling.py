@@ -6,7 +6,6 @@ Every plate of a block has an axis of its own, of length one where a tensor does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +65,8 @@ def spread(elements: Tensor, move: Move) -> Tensor:
     flat = _ordered(elements, [*move.axes, *kept, move.to])
     for _ in move.axes:
         flat = flat.select(lead, 0)
-    rows = flat.index_select(-2, move.index.clamp(min=0).flatten().to(flat.device))
+    index = move.index.clamp(0, flat.shape[-2] - 1)  # rows that belong to no element count nowhere
+    rows = flat.index_select(-2, index.flatten().to(flat.device))
     return _placed(rows.reshape(*rows.shape[:-2], *move.index.shape, rows.shape[-1]), [*kept, *move.axes], move.count)
 
 
@@ -74,25 +74,21 @@ Marks = Tensor | bool
 """Which rows have data, shape (*plates); True if all have, False if nothing is observed there."""
 
 
-def presence(marks: Sequence[Marks], moves: Sequence[Move]) -> list[Marks]:
-    """Tells for each level which of its rows have data, there or in what is pooled into them.
+def handed_on(below: Marks, above: Marks, move: Move) -> Marks:
+    """Tells which rows of a level have data of their own, or in the rows that a move pools into them.
 
     Args:
-        marks: Which rows of a level have values of their own.
-        moves: The way of each level but the last, in order.
+        below: Which of the rows that are pooled have data.
+        above: Which rows of the level have, so far.
+        move: The way from those to these.
     """
-    found = list(marks)
-    for i, move in enumerate(moves):
-        below, above = found[i], found[move.into]
-        if not move.pooled or below is False or above is True:
-            continue
-        if move.index is None and below is True:
-            found[move.into] = True
-            continue
-        rows = torch.ones(_index_shape(move), dtype=torch.bool) if below is True else below
-        some = _sum(rows[..., None].to(torch.get_default_dtype()), move)[..., 0] > 0  # type: ignore[index]
-        found[move.into] = some if above is False else above | some
-    return found
+    if not move.pooled or below is False or above is True:
+        return above
+    if move.index is None and below is True:
+        return True
+    rows = torch.ones(_index_shape(move), dtype=torch.bool) if below is True else below
+    some = _sum(rows[..., None].to(torch.get_default_dtype()), move)[..., 0] > 0  # type: ignore[index]
+    return some if above is False else above | some
 
 
 def _index_shape(move: Move) -> list[int]:

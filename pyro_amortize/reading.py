@@ -17,7 +17,7 @@ from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
-from pyro_amortize.pooling import Marks, Move, presence
+from pyro_amortize.pooling import Marks, Move, handed_on
 from pyro_amortize.structure import Link, Plate, Source, plates_of
 from pyro_amortize.supports import site_mask
 
@@ -199,12 +199,21 @@ class Reader:
                 present = self._source_marks(source, plates, axes, piece)
                 levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
         marks = [self._level_marks(level, plates, axes, piece) for level in block.levels]
-        for here in marks:  # a loop has as many turns as its data
+        for level, here in zip(block.levels, marks, strict=True):  # a loop has as many turns as its data
             for name, length in zip(axes, here.shape if isinstance(here, Tensor) else (), strict=False):
-                sizes[name] = max(length, sizes.get(name, 1))
-        ways = list(zip(block.levels, marks, strict=True))[:-1]
-        moves = [self._move(level, here, block, plates, axes, sizes) for level, here in ways]
-        return Reading(levels, presence(marks, moves), moves, [sizes[name] for name in block.plates], len(axes))
+                if name in level.plates:
+                    sizes[name] = max(length, sizes.get(name, 1))
+        links = [None if level.link is None else self._index(level.link, plates) for level in block.levels]
+        for level, index in zip(block.levels, links, strict=True):  # of groups in groups some may have no rows
+            if level.link is not None and index is not None:
+                for name, length in zip(level.link.rows, index.shape, strict=True):
+                    sizes.setdefault(name, length)
+        moves: list[Move] = []
+        for i, level in enumerate(block.levels[:-1]):
+            into = block.levels[level.into].plates  # type: ignore[index]
+            moves.append(self._move(level, into, links[i], marks[i], plates, axes, sizes))
+            marks[moves[i].into] = handed_on(marks[i], marks[moves[i].into], moves[i])
+        return Reading(levels, marks, moves, [sizes[name] for name in block.plates], len(axes))
 
     def _cells(self, block: Block, source: Source, plates: dict[str, Present]) -> Tensor | None:
         """Returns a source's data, shape (..., *plates, *shape of a cell), or None if the argument is missing."""
@@ -321,22 +330,8 @@ class Reader:
             found = rows if found is False else found | rows
         return found
 
-    def _move(
-        self,
-        level: Level,
-        marks: Marks,
-        block: Block,
-        plates: dict[str, Present],
-        axes: list[str],
-        sizes: dict[str, int],
-    ) -> Move:
-        """Returns the way of a level's rows in this call; rows without data belong to no element."""
-        assert level.into is not None
-        into = block.levels[level.into].plates
-        link = level.link
-        if link is None:
-            over = tuple(axes.index(name) for name in level.plates if name not in into)
-            return Move(len(axes), over, None, None, 0, level.pooled, level.into)
+    def _index(self, link: Link, plates: dict[str, Present]) -> Tensor:
+        """Returns the element that each row belongs to, an axis for each of the rows' plates."""
         value = self.call.leaves[link.argument]
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -344,11 +339,28 @@ class Reader:
                 f"plate '{link.to}' each row belongs. Pass an integer tensor."
             )
         cell = tuple(size for axis, size in enumerate(value.shape) if axis not in link.axes)
-        source = Source(link.argument, link.rows, link.axes, (), cell, frozenset())
-        cells = pick_cells(source, value, plates)
-        index = cells.reshape(*cells.shape[: len(link.rows)], -1)[..., link.column].long() + link.offset
+        cells = pick_cells(Source(link.argument, link.rows, link.axes, (), cell, frozenset()), value, plates)
+        return cells.reshape(*cells.shape[: len(link.rows)], -1)[..., link.column].long() + link.offset
+
+    def _move(
+        self,
+        level: Level,
+        into: tuple[str, ...],
+        index: Tensor | None,
+        marks: Marks,
+        plates: dict[str, Present],
+        axes: list[str],
+        sizes: dict[str, int],
+    ) -> Move:
+        """Returns the way of a level's rows in this call; rows without data, there or below, belong to no element."""
+        assert level.into is not None
+        link = level.link
+        if link is None or index is None:
+            over = tuple(axes.index(name) for name in level.plates if name not in into)
+            return Move(len(axes), over, None, None, 0, level.pooled, level.into)
         rows = tuple(axes.index(name) for name in link.rows)
-        if isinstance(marks, Tensor):
+        size = sizes[link.to] if link.to in sizes else int(index.max()) + 1 if index.numel() else 0
+        if level.pooled and isinstance(marks, Tensor):
             others = [axis for axis in range(len(axes)) if axis not in rows]
             here = marks.permute(*rows, *others).reshape(*(marks.shape[axis] for axis in rows), -1).any(-1)
             index = torch.where(here.to(index.device), index, -1)
@@ -359,9 +371,8 @@ class Reader:
                     f"{sizes[name]}. Pass data arguments of equal length."
                 )
         to = plates.get(link.to)
-        size = sizes[link.to] if link.to in sizes else int(index.max()) + 1 if index.numel() else 0
-        limit = to.full_size if to else size
         if not is_recorded():
+            limit = to.full_size if to else size
             self._refuse_outside(link, index if not isinstance(marks, Tensor) else index[index >= 0], limit)
         if to is not None and to.indices is not None and to.size < to.full_size:
             position = index.new_full((to.full_size,), -1)

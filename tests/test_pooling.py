@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_amortize.pooling import Move, pool, presence, spread
+from pyro_amortize.pooling import Move, handed_on, pool, spread
 
 LEAD = [(), (3,), (2, 3)]
 ROWS, SIZE = 11, 4
@@ -93,14 +93,14 @@ def test_elements_are_spread_along_an_index(lead):
 def test_presence_rises_through_levels():
     """Marks in rooms in schools: a school has data if one of its rooms has a mark."""
     marks = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
-    moves = [over((2,), 3, 1), over((1,), 3, 2)]
-    rooms, schools = presence([marks, False, False], moves)[1:]
+    rooms = handed_on(marks, False, over((2,), 3, 1))
+    schools = handed_on(rooms, False, over((1,), 3, 2))
     assert rooms.flatten().tolist() == [True, False, False, False]
     assert schools.flatten().tolist() == [True, False]
 
 
 def test_presence_along_an_index():
-    found = presence([True, False], [along()])[1]
+    found = handed_on(True, False, along())
     assert found.flatten().tolist() == [True, False, True, True]
 
 
@@ -110,10 +110,10 @@ def test_presence_along_an_index():
     ids=["all below", "nothing observed", "all above"],
 )
 def test_presence_without_masks(marks, expected):
-    assert presence(marks, [over((0,))])[1] is expected
+    assert handed_on(*marks, over((0,))) is expected
 
 
 def test_spreading_hands_on_no_presence():
     """That a school has data does not make a student's marks present."""
-    found = presence([True, torch.tensor([[True], [False]])], [along(pooled=False)])
-    assert found[1].flatten().tolist() == [True, False]
+    found = handed_on(True, torch.tensor([[True], [False]]), along(pooled=False))
+    assert found.flatten().tolist() == [True, False]
