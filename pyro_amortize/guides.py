@@ -10,8 +10,7 @@ import inspect
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -256,7 +255,7 @@ class AutoAmortized(AutoGuide):
             trace = poutine.trace(model).get_trace(*args, **kwargs)
             return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
 
-        with _evaluating(self.model, self), torch.no_grad(), poutine.block():
+        with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
             first = draw()
             if parallel and not self.plan.enumerated:  # type: ignore[union-attr]
                 together = Predictive(replicate, guide=self, num_samples=num_samples, parallel=True)(*args, **kwargs)
@@ -435,19 +434,6 @@ class AutoAmortizedNormal(AutoAmortized):
 
     def __init__(self, model: Model, **options: Any) -> None:
         super().__init__(model, **{"family": "normal", **options})
-
-
-@contextmanager
-def _evaluating(*modules: Any) -> Iterator[None]:
-    """Runs a block with modules in eval mode, and puts their modes back."""
-    modes = [(part, part.training) for whole in modules if isinstance(whole, nn.Module) for part in whole.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _constantly(value: Any) -> Callable[..., Any]:

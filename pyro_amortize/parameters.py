@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -19,28 +20,45 @@ REGISTERS = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_sampl
 
 
 class Preserved:
-    """What is put back at the end of a :func:`preserved` block."""
+    """What is put back at the end of a :func:`preserved` block.
 
-    def __init__(self, evaluating: bool) -> None:
+    Of what a block around it has not met yet, that one remembers first: it, too, is to find things as they were before.
+
+    Args:
+        evaluating: Whether modules run in eval mode inside the block.
+        around: The record of the block around this one.
+    """
+
+    def __init__(self, evaluating: bool, around: Preserved | None) -> None:
         self._evaluating = evaluating
+        self._around = around
         self._tensors: dict[int, tuple[Tensor, Tensor, bool, Tensor | None]] = {}
         self._modules: dict[int, tuple[nn.Module, type[nn.Module], dict[str, Any]]] = {}
 
     def keep(self, tensor: Tensor) -> None:
         """Remembers the present value of a tensor that the block is going to change in place."""
         if id(tensor) not in self._tensors:
+            if self._around is not None:
+                self._around.keep(tensor)
             saved = tensor.detach().clone()
             self._tensors[id(tensor)] = tensor, saved, tensor.requires_grad, tensor.grad
 
-    def keep_module(self, module: nn.Module) -> None:
-        """Remembers a module's own attributes: mode, buffers, and what is made at the first call, parameters or not."""
-        if id(module) not in self._modules:
-            attributes = {name: dict(v) if name in REGISTERS else v for name, v in vars(module).items()}
-            self._modules[id(module)] = module, type(module), attributes
-            for buffer in module.buffers(recurse=False):
-                self.keep(buffer)
-        if self._evaluating and module.training:
-            module.training = False
+    def keep_whole(self, module: nn.Module) -> None:
+        """Remembers a module and all below it: mode, buffers, and what is made at the first call, parameters or not."""
+        for part in module.modules() if id(module) not in self._modules else [module]:
+            self._keep_module(part)
+            if self._evaluating and part.training:
+                part.training = False
+
+    def _keep_module(self, module: nn.Module) -> None:
+        if id(module) in self._modules:
+            return
+        if self._around is not None:
+            self._around.keep_whole(module)
+        attributes = {name: dict(v) if name in REGISTERS else v for name, v in vars(module).items()}
+        self._modules[id(module)] = module, type(module), attributes
+        for buffer in module.buffers(recurse=False):
+            self.keep(buffer)
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -53,6 +71,9 @@ class Preserved:
                 tensor.data.copy_(saved)
                 tensor.requires_grad_(requires_grad)
                 tensor.grad = grad
+
+
+_innermost: ContextVar[Preserved | None] = ContextVar("_innermost", default=None)
 
 
 @contextmanager
@@ -73,20 +94,23 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
     stored = dict(store._params), dict(store._param_to_name), dict(store._constraints)
     rng = pyro.util.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    record = Preserved(evaluating)
+    around = _innermost.get()
+    record = Preserved(evaluating, around)
 
     def watch(module: nn.Module, _: Any) -> None:
-        record.keep_module(module)
+        record.keep_whole(module)
 
     hook = register_module_forward_pre_hook(watch)
+    _innermost.set(record)
     try:
         for model in models:
             inner = pyro.poutine.unwrap(model) if callable(model) else model
             owner = getattr(inner, "__self__", inner)  # of a method
-            for module in owner.modules() if isinstance(owner, nn.Module) else ():
-                record.keep_module(module)
+            if isinstance(owner, nn.Module):
+                record.keep_whole(owner)
         yield record
     finally:
+        _innermost.set(around)
         hook.remove()
         record.restore()
         store._params, store._param_to_name, store._constraints = stored

@@ -1,6 +1,7 @@
 """A model's own parameters, left as found."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from models import AUTOGUIDES, VAE, autoguided
@@ -10,7 +11,17 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
 
-from pyro_amortize import AutoAmortizedNormal
+from pyro_amortize import (
+    AutoAmortizedNormal,
+    amortization_gap,
+    compare_inference,
+    fit_mean_field,
+    fit_optimum,
+    fit_svi,
+    plan_amortization,
+    run_mcmc,
+    to_arviz,
+)
 from pyro_amortize.parameters import preserved
 
 X = torch.linspace(-1, 1, 32).reshape(8, 4)
@@ -202,3 +213,110 @@ def test_blocks_nest():
             pyro.param("inner", torch.tensor(1.0))
         assert set(pyro.get_param_store()) == {"w", "outer"}
     assert set(pyro.get_param_store()) == {"w"}
+
+
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_a_block_inside_leaves_modules_to_the_one_around_as_they_were(evaluating):
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    before = snapshot(net)
+    with preserved(evaluating=evaluating):
+        with preserved(net, evaluating=True):
+            net(X)
+        with preserved() as record:
+            weight = nn.Parameter(torch.ones(3))
+            record.keep(weight)
+            weight.data.add_(1)
+            net(X)
+    assert all(module.training for module in net.modules())
+    assert equal(before, snapshot(net))
+    assert weight.tolist() == [1, 1, 1]
+
+
+def test_what_is_below_a_module_evaluates_with_it():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, self.inner.training)
+
+    half = Half()
+    with preserved(evaluating=True):
+        assert torch.equal(half(torch.ones(100)), torch.ones(100))
+    assert half.inner.training
+
+
+# Modes, in all that is public
+
+
+class Runs(PyroModule):
+    """A model whose data come by closure, so that encoders and graphs look them up; it counts its runs, and stops."""
+
+    total, stop = 0, None
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1), nn.Dropout(0.5)]
+        self.net = nn.Sequential(*layers)
+        self.net[4].eval()
+
+    def forward(self):
+        Runs.total += 1
+        if Runs.total == Runs.stop:
+            raise KeyboardInterrupt
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(X)):
+            z = pyro.sample("z", dist.Normal(theta, 1.0))
+            loc = self.net(z.reshape(-1, 1)).reshape(z.shape)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=X[:, 0])
+
+
+QUIET = {"progress": False}
+CHAINS = {"num_samples": 3, "warmup_steps": 3, "num_chains": 1, **QUIET}
+CALLS = {
+    "plan_amortization": lambda m, g: plan_amortization(m),
+    "initialize": lambda m, g: AutoAmortizedNormal(m).initialize(),
+    "guide": lambda m, g: g(),
+    "median": lambda m, g: g.median(),
+    "quantiles": lambda m, g: g.quantiles([0.5]),
+    "posterior": lambda m, g: g.posterior().sample((2,)),
+    "predictive": lambda m, g: g.predictive(num_samples=3),
+    "fit_svi": lambda m, g: fit_svi(m, g, num_steps=3, **QUIET),
+    "fit_svi-graph": lambda m, g: fit_svi(m, g, num_steps=5, compile=True, **QUIET),
+    "fit_mean_field": lambda m, g: fit_mean_field(m, start=g, num_steps=3, **QUIET),
+    "fit_optimum": lambda m, g: fit_optimum(m, g, num_steps=3, **QUIET),
+    "amortization_gap": lambda m, g: amortization_gap(m, g, num_steps=3, num_draws=20, num_annealed=1, **QUIET),
+    "run_mcmc": lambda m, g: run_mcmc(m, engine="pyro", **CHAINS),
+    "compare_inference": lambda m, g: compare_inference(
+        m, methods={"trained": g, "tables": "mean_field"}, svi={"num_steps": 3, **QUIET}, num_draws=20
+    ),
+    "to_arviz": lambda m, g: to_arviz(fit_svi(m, g, num_steps=1, **QUIET), num_samples=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("as_function", [False, True], ids=["module", "function"])
+@pytest.mark.parametrize("call", CALLS)
+def test_modes_are_as_found_and_so_they_are_when_interrupted(call, as_function):
+    net = Runs()
+    model = (lambda: net()) if as_function else net
+    guide = AutoAmortizedNormal(model, encoder=nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5)))
+    guide.initialize()
+    modes = [module.training for whole in (net, guide) for module in whole.modules()]
+    Runs.total, Runs.stop = 0, None
+    CALLS[call](model, guide)
+    assert [module.training for whole in (net, guide) for module in whole.modules()] == modes
+    Runs.total, Runs.stop = 0, (Runs.total + 1) // 2
+    with pytest.raises(KeyboardInterrupt):
+        CALLS[call](model, guide)
+    assert [module.training for whole in (net, guide) for module in whole.modules()] == modes
+
+
+@pytest.mark.filterwarnings("ignore:compiled ELBO")
+def test_dropout_is_on_in_every_step_of_a_fit():
+    net, seen = Runs(), []
+    net.net[2].register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    Runs.stop = None
+    fit_svi(net, AutoAmortizedNormal(net), num_steps=20, compile=True, progress=False)
+    assert sum(seen) >= 20
