@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -70,7 +71,22 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
 
 
 class PriorWithoutData(dist.MaskedMixture):
-    """A guide's distribution at elements that have data, and at others the prior, from which it does not diverge."""
+    """A guide's distribution at elements that have data, and at others the prior, from which it does not diverge.
+
+    Draws of the prior need no gradients: nothing but their density depends on them, which the model's own cancels. So
+    the guide's draws keep theirs where the prior has none to give.
+    """
+
+    @property
+    def has_rsample(self) -> bool:
+        return bool(self.component1.has_rsample)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        prior = self.component0.rsample if self.component0.has_rsample else self.component0.sample
+        own = self.component1.rsample(shape)
+        mask = self.mask.reshape(self.mask.shape + (1,) * self.event_dim)
+        return torch.where(mask, own, prior(shape))
 
 
 @register_kl(PriorWithoutData, torch.distributions.Distribution)  # type: ignore[untyped-decorator]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pyro_amortize import Posterior
-from pyro_amortize.posterior import DRAWS, normal_underneath
-from pyro_amortize.supports import dressed
+from pyro_amortize.posterior import DRAWS, normal_underneath, prior_median
+from pyro_amortize.supports import PriorWithoutData, dressed
 
 LOC, SCALE = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 1.2])
 BASE = dist.Normal(LOC, SCALE)
@@ -113,3 +113,50 @@ def test_normal_underneath():
     assert torch.equal(base.loc, LOC)
     assert len(transforms) == 1
     assert normal_underneath(dist.Gamma(1.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("prior", "median"),
+    [
+        (dist.StudentT(torch.tensor([4.0, 1.0]), torch.tensor([0.5, -2.0]), 1.0), [0.5, -2.0]),
+        (dist.StudentT(torch.tensor(4.0, dtype=torch.float64), 1.0, 1.0).expand([2]).to_event(1), [1.0, 1.0]),
+        (dist.VonMises(torch.tensor([0.3, 1.0]), 2.0).mask(torch.tensor([True, False])), [0.3, 1.0]),
+        (dist.Stable(torch.tensor([1.5, 1.2]), torch.tensor(0.0), 1.0, 0.3), [0.3, 0.3]),
+        (dist.MultivariateStudentT(torch.tensor(3.0), torch.tensor([1.0, 2.0]), torch.eye(2)), [1.0, 2.0]),
+        (dist.Cauchy(torch.zeros(2), 1.0), [0.0, 0.0]),
+        (dist.Beta(torch.tensor([2.0, 0.5]), torch.tensor([2.0, 0.5])), [0.5, 0.5]),
+        (dist.LogNormal(torch.zeros(2), 1.0), [1.0, 1.0]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_medians_of_priors_are_exact_by_symmetry_or_a_quantile_function(prior, median):
+    found = prior_median(prior)
+    torch.testing.assert_close(found, torch.tensor(median, dtype=found.dtype), atol=1e-6, rtol=0)
+
+
+def test_other_medians_of_priors_are_those_of_draws():
+    """Elements of one prior apart: the first Beta is symmetric; the second's median is 0.38573 (a + b = 5)."""
+    found = prior_median(dist.Beta(torch.tensor([2.0, 2.0]), torch.tensor([2.0, 3.0])))
+    assert found[0] == 0.5
+    assert 1e-5 < (found[1] - 0.38573).abs() < 4 * 1.25 * 0.2 / math.sqrt(DRAWS)
+    assert prior_median(dist.Binomial(3, torch.tensor(0.9))) == 3
+
+
+def test_elements_without_data_have_the_quantiles_of_their_prior():
+    """Of many: more numbers than torch's own quantiles take."""
+    marks, prior = torch.tensor([True, False]).repeat(2500), dist.StudentT(4.0, torch.ones(5000), 2.0)
+    fn = PriorWithoutData(marks, prior, dist.Normal(torch.zeros(5000), 1.0))
+    low, middle, high = Posterior({"z": fn}, {"z": ("n",)}).quantiles([0.1, 0.5, 0.9])["z"]
+    assert middle.tolist() == [0.0, 1.0] * 2500
+    exact = 1 + 2 * 1.53321  # Student's t of 4 degrees of freedom
+    assert (high[1::2].mean() - exact).abs() < 0.01
+    assert (low[1::2].mean() - (2 - exact)).abs() < 0.01
+
+
+def test_draws_of_a_prior_without_gradients_leave_the_guides_own():
+    scale = torch.tensor([0.5, 0.5], requires_grad=True)
+    fn = PriorWithoutData(torch.tensor([True, False]), dist.VonMises(torch.zeros(2), 1.0), dist.Normal(0.0, scale))
+    assert fn.has_rsample
+    (gradient,) = torch.autograd.grad(fn.rsample().sum(), scale)
+    assert gradient[0] != 0
+    assert gradient[1] == 0
