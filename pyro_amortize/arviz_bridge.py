@@ -89,7 +89,7 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
     """Smooths the tails of importance weights by a generalized Pareto distribution.
 
     Args:
-        log_weights: Shape (draws, rows).
+        log_weights: Shape (draws, rows). Draws at which a density is NaN or overflows count as ones of density zero.
         flat: Where the largest weight is below so many times the mean, there is no tail to fit: weights are left as
             they are, and k-hat is 0. The default is met by a perfect guide. So it is where the largest weight was
             drawn often, as with discrete latents: weights are then bounded.
@@ -101,7 +101,7 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
     References:
         A. Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 2024, https://arxiv.org/abs/1507.02646
     """
-    raw = log_weights.detach().cpu().to(torch.float64)
+    raw = log_weights.detach().cpu().to(torch.float64).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     smoothed, k_hat = raw.clone(), torch.zeros(raw.shape[1], dtype=torch.float64)
     mean = raw.logsumexp(0) - math.log(len(raw))
     often = (raw >= raw.max(0).values - 1e-6).sum(0) >= OFTEN
@@ -114,7 +114,8 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
             warnings.simplefilter("ignore")
             normalized, k = _psislw(values.copy())
         found = torch.as_tensor(np.asarray(normalized)).T
-        least = raw[:, uneven].argmin(0, keepdim=True)
+        finite = raw[:, uneven].isfinite()
+        least = raw[:, uneven].where(finite, torch.inf).argmin(0, keepdim=True)  # which no tail holds
         smoothed[:, uneven] = found + (raw[:, uneven].gather(0, least) - found.gather(0, least))
         k_hat[uneven] = torch.as_tensor(np.asarray(k), dtype=torch.float64).reshape(-1)
     return smoothed, k_hat

@@ -35,7 +35,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.reading import Reading, features_of
 from pyro_amortize.structure import Structure
-from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits
+from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits, support_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -231,7 +231,7 @@ def _with_fallback(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
     """Starts sites in the middle of their support where ``init_loc_fn`` needs draws that an improper prior lacks."""
 
     def init(site: Any) -> Tensor:
-        if site["fn"].support.is_discrete or is_delta(site["fn"]):
+        if support_of(site["fn"]).is_discrete or is_delta(site["fn"]):
             return site["fn"].sample()
         try:
             return init_loc_fn(site)

@@ -22,7 +22,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import is_delta, is_enumerated
+from pyro_amortize.supports import is_delta, is_enumerated, support_of
 
 Setting = tuple[Model, Model, tuple[Any, ...], dict[str, Any]]
 
@@ -246,7 +246,7 @@ class Evaluation:
                 f"methods={{'mine': guide, 'amortized': 'amortized'}})."
             )
         for site in self.latents if partly and not self.auxiliary else ():
-            if site["name"] in partly and not is_delta(site["fn"]) and not site["fn"].support.is_discrete:
+            if site["name"] in partly and not is_delta(site["fn"]) and not support_of(site["fn"]).is_discrete:
                 raise NotImplementedError(
                     f"log_densities: site '{site['name']}' of the guide is a point mass, which has no density to set "
                     f"against the model's. Take a guide with a width, pyro.infer.autoguide.AutoNormal(model)."

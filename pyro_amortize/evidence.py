@@ -204,7 +204,7 @@ def correlation_cost(joint: LocalJoint, optimum: Optimum) -> float | None:
 
 def _weighted_moments(values: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns means, (rows, dim), covariances, (rows, dim, dim), and numbers of effective draws of weighted draws."""
-    weights = psis(log_ratio.nan_to_num(-math.inf, math.inf, -math.inf))[0].softmax(0).to(values)
+    weights = psis(log_ratio)[0].softmax(0).to(values)
     mean = torch.einsum("sn,snd->nd", weights, values)
     centred = values - mean
     return mean, torch.einsum("sn,snd,sne->nde", weights, centred, centred), 1 / weights.square().sum(0)

@@ -30,10 +30,12 @@ from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plat
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
     PriorWithoutData,
+    can_be_drawn,
     dressed,
     is_enumerated,
     is_improper,
     unconstrained_shape,
+    undressed,
     with_logits,
     without_masks,
 )
@@ -468,6 +470,12 @@ class Replicate(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
+            if not can_be_drawn(msg["fn"]):
+                kind = type(undressed(msg["fn"])).__name__
+                raise NotImplementedError(
+                    f"predictive: site '{msg['name']}' cannot be drawn: its {kind} has a density only. Give it a "
+                    f"method sample(sample_shape), or draw the latents alone: guide.posterior(...).sample((1000,))."
+                )
             msg["is_observed"], msg["value"] = False, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.loops import merged, split
 from pyro_amortize.structure import Family, Plate
-from pyro_amortize.supports import generic_value, undressed
+from pyro_amortize.supports import generic_value, support_of, undressed
 
 
 class HeldRun(Messenger):
@@ -128,7 +128,7 @@ def kind_of(fn: Any) -> tuple[str, int]:
     fn = undressed(fn)
     if isinstance(fn, torch.distributions.Categorical):
         return "category", fn.logits.shape[-1]
-    support = fn.support
+    support = support_of(fn)
     if type(support).__name__ in ("_Boolean", "_OneHot"):
         return "binary", 0
     if not support.is_discrete:

@@ -17,8 +17,10 @@ from pyro_amortize.supports import (
     is_enumerated,
     logits_shape,
     site_mask,
+    support_of,
     unconstrained_shape,
     undressed,
+    why_unreached,
 )
 
 
@@ -42,11 +44,12 @@ class LatentProbes:
         if site["is_observed"]:
             kind, categories = kind_of(site["fn"])
             return Site(name, True, names, tuple(site["value"].shape), kind=kind, categories=categories, **facts)
-        discrete = bool(site["fn"].support.is_discrete)
+        discrete = bool(support_of(site["fn"]).is_discrete)
         if is_delta(site["fn"]):
             return Site(name, False, names, tuple(site["fn"].shape()), fixed=True, **facts)
         one = site.get("example", site)
-        whole = one["fn"].shape() if discrete else unconstrained_shape(one)
+        facts["unreached"] = "" if discrete else why_unreached(one)
+        whole = one["fn"].shape() if discrete or facts["unreached"] else unconstrained_shape(one)
         batch = len(one["fn"].batch_shape)
         dims = {frame.dim for frame in one["cond_indep_stack"] if frame.vectorized}
         kept = tuple(size for i, size in enumerate(whole) if i - batch not in dims)
@@ -131,7 +134,7 @@ class LatentProbes:
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
         """Replaces a latent, whole and by halves; returns its children, and along which plates it couples."""
         torch.manual_seed(1)
-        discrete = self.probes.factors[name]["fn"].support.is_discrete
+        discrete = support_of(self.probes.factors[name]["fn"]).is_discrete
         fresh = self._other(name) if discrete else generic_value(self.probes.factors[name])
         children = self._moved_by(name, {name: fresh})
         half = {plate.name: _half(plate.size) for plate in plates}

@@ -21,6 +21,7 @@ from pyro_amortize.minibatch import Minibatches, exact_minibatches
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.supports import is_fixed
 
 PRIOR_DRAWS = 64
 
@@ -259,7 +260,7 @@ class Coordinates:
     @property
     def is_fixed(self) -> bool:
         """Whether the support is the same for all elements."""
-        return all(_is_fixed(transform) for transform in self.transforms)
+        return all(is_fixed(transform) for transform in self.transforms)
 
     def of(self, rows: Tensor) -> Coordinates:
         """Keeps some rows."""
@@ -326,16 +327,3 @@ def _weight(site: Any, plate: str | None, dims: int) -> Tensor:
         else:
             fn = getattr(fn, "base_dist", None)
     return weight
-
-
-def _is_fixed(transform: Any) -> bool:
-    for name, value in vars(transform).items():
-        if name == "_inv":  # points back
-            continue
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        for part in parts:
-            if isinstance(part, Tensor) and part.numel() > 1:
-                return False
-            if isinstance(part, torch.distributions.transforms.Transform) and not _is_fixed(part):
-                return False
-    return True

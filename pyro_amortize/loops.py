@@ -17,7 +17,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_amortize.structure import Family, Plate
-from pyro_amortize.supports import site_mask, without_masks
+from pyro_amortize.supports import site_mask, support_of, without_masks
 
 Numbers = tuple[int, ...]
 
@@ -116,7 +116,7 @@ def _candidates(sites: Mapping[str, Any]) -> list[_Candidate]:
         sized = ((f.dim, f.size if f.vectorized else None) for f in site["cond_indep_stack"])
         frames = tuple(zip(named, sized, strict=True))
         fn = site["fn"]
-        kind = (frames, fn.batch_shape, fn.event_shape, site["is_observed"], str(fn.support))
+        kind = (frames, fn.batch_shape, fn.event_shape, site["is_observed"], str(support_of(fn)))
         groups.setdefault((texts, kind), {})[name] = place
     found = []
     for (texts, _), places in groups.items():

@@ -24,7 +24,7 @@ from pyro_amortize.capture import Uncapturable
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
-from pyro_amortize.supports import generic_value, site_mask, without_masks
+from pyro_amortize.supports import generic_value, site_mask, support_of, why_unreached, without_masks
 
 R_HAT = 1.01
 ESS_A_CHAIN = 100
@@ -222,6 +222,7 @@ def run_mcmc(
         pyro.util.set_rng_state(state)
         conditioned = poutine.condition(model, data=dict(given or {}))
         sites = _all_rows(conditioned, args, kwargs)
+        _refuse_unreached(sites)
         proper = _WithPrior(_idle(conditioned, args, kwargs, sites))(conditioned)
         nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
         target = Target(proper, args, kwargs, nesting, _init_in_shape(sites), num_samples, warmup_steps, progress)
@@ -260,6 +261,13 @@ def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[C
         if engine == "nutpie":
             warnings.warn(f"run_mcmc: Pyro's NUTS draws, not nutpie's, since {reason}.", UserWarning, stacklevel=3)
         return by_pyro, "pyro", str(reason)
+
+
+def _refuse_unreached(sites: list[Any]) -> None:
+    for site in sites:
+        why = "" if site["is_observed"] or support_of(site["fn"]).is_discrete else why_unreached(site)
+        if why:
+            raise ValueError(f"run_mcmc: {why}")
 
 
 class _WithPrior(Messenger):

@@ -22,6 +22,7 @@ from pyro_amortize.fit import seeded
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
 from pyro_amortize.posterior import DRAWS, is_discrete, normal_underneath
+from pyro_amortize.supports import support_of
 
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 LOCATIONS = ("mean", *QUANTILES)
@@ -134,7 +135,7 @@ def _of_written(
             for name, site in poutine.trace(guide).get_trace(*args, **kwargs).iter_stochastic_nodes():
                 if site_is_subsample(site) or site["infer"].get("is_auxiliary"):
                     continue
-                if site["value"].is_floating_point() and not site["fn"].support.is_discrete:
+                if site["value"].is_floating_point() and not support_of(site["fn"]).is_discrete:
                     values.setdefault(name, []).append(site["value"])
                 else:
                     others[name] = None

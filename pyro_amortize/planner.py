@@ -117,6 +117,7 @@ class _Planner:
         self.latents = [replace(s, enumerated=False) for s in informed if s not in self.enumerated]
         self.discrete = [replace(site, enumerated=False) for site in asked]
         self._refuse_discrete()
+        self._refuse_unreached()
         self.masks = {
             site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
             for site in facts.sites.values()
@@ -424,6 +425,11 @@ class _Planner:
                     f"plan_amortization: site '{site.name}' is a Delta whose value depends on '{above[0].name}', which "
                     f"is summed out, so a guide cannot sample it. Write pyro.deterministic('{site.name}', ...) instead."
                 )
+
+    def _refuse_unreached(self) -> None:
+        for site in self.latents:
+            if site.unreached:
+                raise ValueError(f"plan_amortization: {site.unreached}")
 
     def _refuse_unknown_rows(self, site: Site) -> None:
         """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""

@@ -18,7 +18,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from pyro_amortize.supports import undressed
+from pyro_amortize.supports import support_of, undressed
 
 DRAWS = 4096
 LIMIT = 2**21  # numbers that are held at once beside data and answers
@@ -140,7 +140,7 @@ class Posterior:
 
 def is_discrete(fn: Any) -> bool:
     """Whether a distribution of the guide's is discrete."""
-    return bool(fn.support.is_discrete)
+    return bool(support_of(fn).is_discrete)
 
 
 def typical(fn: Any) -> Tensor:

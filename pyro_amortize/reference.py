@@ -25,7 +25,7 @@ from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.steps import Optimizer, Options
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import is_delta
+from pyro_amortize.supports import bijection, is_delta, support_of
 
 
 def fit_mean_field(
@@ -245,15 +245,15 @@ def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_dr
         draws = [poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(num_draws)]
     sites = dict(draws[0].iter_stochastic_nodes())
     stacked = {name: torch.stack([draw.nodes[name]["value"] for draw in draws]) for name in sites}
-    return {name: _median(sites[name]["fn"], value) for name, value in stacked.items() if value.is_floating_point()}
+    return {name: _median(sites[name], value) for name, value in stacked.items() if value.is_floating_point()}
 
 
-def _median(fn: Any, draws: Tensor) -> Tensor:
+def _median(site: Any, draws: Tensor) -> Tensor:
     """Returns the median of each element, of simplexes and the like that in unconstrained space."""
     median = draws.median(0).values
-    if bool(fn.support.check(median).all()):
+    if bool(support_of(site["fn"]).check(median).all()):
         return median
-    transform = torch.distributions.biject_to(fn.support)
+    transform = bijection(site)
     return transform(transform.inv(draws).median(0).values)
 
 

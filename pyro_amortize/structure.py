@@ -100,6 +100,7 @@ class Site:
         logits: Shape of the logits behind one entry of its value (discrete latents): (categories,) of a
             ``Categorical``, () of others; None if it has no logits.
         distribution: The name of its distribution, if it has logits.
+        unreached: Why no normal can be taken to where it lives (continuous latents); "" if one can.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Site:
     unmasked: bool = False
     logits: tuple[int, ...] | None = None
     distribution: str | None = None
+    unreached: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,129 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pyro.distributions.constraints as constraints
 import torch
-from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
 from torch.distributions import Transform, biject_to, kl_divergence, register_kl
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
 
 
+def support_of(fn: Any) -> Any:
+    """Returns the support of a distribution: the reals where it declares none, as a likelihood need not."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return constraints.real
+
+
 def bijection(site: Any, fn: Any = None) -> Transform:
     """Returns the bijection from R^n onto a site's support, event dimensions of ``to_event`` unwrapped.
 
     It is the identity on the reals and ``exp`` on the positives, for which KL divergences exist, and caches its last
-    value, so that a sample's density does not lose digits.
+    value, so that a sample's density does not lose digits. Where transforms of a prior start from less than all that
+    they could take (``AffineTransform`` of a ``Beta``), it goes to the support of what they start from, and on by them:
+    what such a distribution says of its support is true of its last transform alone.
 
     Args:
         site: A sample site, or a message on its way to be one.
         fn: A distribution in its place.
 
     Raises:
-        ValueError: There is none (a discrete or spherical site), in Pyro's own words.
+        ValueError: There is none (a discrete or spherical site), in Pyro's own words, or the distribution does not say
+            where it lives.
     """
-    support = (site["fn"] if fn is None else fn).support
-    while isinstance(support, constraints.independent) or type(support).__name__ == "MixtureSameFamilyConstraint":
-        support = support.base_constraint
+    fn = undressed(site["fn"] if fn is None else fn)
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        return _of_all_components(site, fn)
+    base, steps = _chain(fn)
+    if not steps or _is_told_by_the_last(site, base, steps):
+        return _onto(site, fn)
+    return ComposeTransform([_caching(step) for step in [*_steps(bijection(site, base)), *steps]])
+
+
+def _of_all_components(site: Any, fn: Any) -> Transform:
+    transform = bijection(site, fn.component_distribution)
+    if not is_fixed(transform):
+        raise ValueError(
+            f"site '{site['name']}' is a mixture whose components have bounds of their own, and no bijection from R^n "
+            f"reaches them all. Give them one support, or make the mixture by an enumerated Categorical."
+        )
+    return transform
+
+
+def _chain(fn: Any) -> tuple[Any, list[Transform]]:
+    """Returns what a prior's own transforms start from, and these; none where the prior tells its support itself."""
+    steps: list[Transform] = []
+    of_transforms = torch.distributions.TransformedDistribution.support
+    while isinstance(fn, torch.distributions.TransformedDistribution) and type(fn).support is of_transforms:
+        steps = [step for transform in fn.transforms for step in _steps(transform)] + steps
+        fn = undressed(fn.base_dist)
+    return fn, steps
+
+
+def _is_told_by_the_last(site: Any, base: Any, steps: list[Transform]) -> bool:
+    """Tells whether each step of a chain gets all that it could take, so that its end is where the last one ends."""
+    reached = [support_of(base), *(step.codomain for step in steps)]
+    told = all(_fills(here, step.domain) for here, step in zip(reached, steps, strict=False))
+    for step in steps:
+        if type(step).log_abs_det_jacobian is Transform.log_abs_det_jacobian or not (step.bijective or told):
+            raise ValueError(
+                f"site '{site['name']}' is transformed by {type(step).__name__}, which is no bijection, so that it has "
+                f"no density to be inferred by. Take a distribution that has one (dist.HalfNormal, "
+                f"dist.FoldedDistribution), or sample what stands before that transform and write "
+                f"pyro.deterministic('{site['name']}', ...)."
+            )
+    return told
+
+
+def _steps(transform: Transform) -> list[Transform]:
+    """Returns the steps of a transform, without the event dimensions that ``to_event`` would add."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    if isinstance(transform, ComposeTransform):
+        return [part for step in transform.parts for part in _steps(step)]
+    return [transform]
+
+
+def _fills(reached: Any, domain: Any) -> bool:
+    """Tells whether what is reached fills a domain, but for a boundary."""
+    reached, domain = (_without_events(constraint) for constraint in (reached, domain))
+    if reached is domain or (reached is constraints.nonnegative and domain is constraints.positive):
+        return True
+    return type(reached) is type(domain) and vars(reached) == {} == vars(domain)
+
+
+def _without_events(constraint: Any) -> Any:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _caching(transform: Transform) -> Transform:
+    try:
+        return transform.with_cache(1)
+    except NotImplementedError:  # one of the user's own
+        return transform
+
+
+def _onto(site: Any, fn: Any) -> Transform:
+    """Returns the bijection onto what a distribution says is its support."""
+    try:
+        support = _without_events(fn.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"site '{site['name']}' is a {type(fn).__name__}, which does not say where it lives, so that nothing can "
+            f"be inferred of it. Write it in the class: support = dist.constraints.positive (real, unit_interval, ...)."
+        ) from None
     if support is constraints.positive or support is constraints.nonnegative:
         return ExpTransform(cache_size=1)
     try:
@@ -47,6 +141,53 @@ def bijection(site: Any, fn: Any = None) -> Transform:
     return transform.with_cache(1)
 
 
+def why_unreached(site: Any) -> str:
+    """Says why no normal can be taken to where a continuous latent lives; "" if one can."""
+    try:
+        bijection(site)
+    except ValueError as error:
+        return str(error)
+    return _why_angle(site) if _is_angle(site) else ""
+
+
+def _why_angle(site: Any) -> str:
+    name, kind = site["name"], type(undressed(site["fn"])).__name__
+    return (
+        f"site '{name}' is an angle ({kind}): its density on the line comes again after each turn, so that a normal "
+        f"there would grow over all turns. Cut the circle where the posterior has no mass, pyro.sample('{name}', "
+        f"dist.Uniform(-math.pi, math.pi)), and weigh it, pyro.factor('{name}_prior', math.log(2 * math.pi) + "
+        f"dist.{kind}(...).log_prob({name})); or write a direction, dist.ProjectedNormal(torch.zeros(2)), and "
+        f"poutine.reparam(model, config={{'{name}': ProjectedNormalReparam()}})."
+    )
+
+
+def _is_angle(site: Any) -> bool:
+    """Tells whether the density of a site that is said to live on the reals comes again after each turn."""
+    fn, transform = site["fn"], bijection(site)
+    if is_improper(fn) or not isinstance(transform, ComposeTransform) or transform.parts:
+        return False
+    if isinstance(_chain(undressed(fn))[0], torch.distributions.VonMises):  # might be as good as uniform
+        return True
+    value = _some_tensor(fn).new_full(fn.shape(), 0.4)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        here, *there = (fn.log_prob(value + turns * 2 * math.pi) for turns in (0.0, 0.5, 1.0, 2.0))
+    half, one, two = (float((density - here).abs().sum()) for density in there)
+    return 0 < half < math.inf and max(one, two) < 1e-4 * half
+
+
+def is_fixed(transform: Any) -> bool:
+    """Tells whether a transform is the same for all elements."""
+    for name, value in vars(transform).items():
+        if name == "_inv":  # points back
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, Tensor) and part.numel() > 1:
+                return False
+            if isinstance(part, Transform) and not is_fixed(part):
+                return False
+    return True
+
+
 def unconstrained_shape(site: dict[str, Any]) -> torch.Size:
     """Returns the shape of a site's value in unconstrained space, batch dimensions included."""
     shape: torch.Size = bijection(site).inverse_shape(site["fn"].shape())
@@ -59,7 +200,7 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
         return dressed(site, prior.base_dist, q).mask(prior._mask)
     if isinstance(prior, torch.distributions.Independent):
         return dressed(site, prior.base_dist, q).to_event(prior.reinterpreted_batch_ndims)
-    if q.support.is_discrete:
+    if support_of(q).is_discrete:
         return q.to_event(prior.event_dim - q.event_dim)
     transform = bijection(site, prior)
     if isinstance(transform, ComposeTransform) and not transform.parts:
@@ -156,8 +297,8 @@ def with_logits(prior: Any, logits: Tensor, present: Tensor | None) -> Any:
 
 
 def undressed(fn: Any) -> Any:
-    """Takes masks and the event dimensions of ``to_event`` off a distribution."""
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+    """Takes masks, the event dimensions of ``to_event`` and Pyro's own expansion off a distribution."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution)):
         fn = fn.base_dist
     return fn
 
@@ -165,9 +306,16 @@ def undressed(fn: Any) -> Any:
 def generic_value(msg: Any) -> Tensor:
     """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]
-    if fn.support.is_discrete or is_delta(fn):
+    if support_of(fn).is_discrete or is_delta(fn):
         return fn.sample()
-    transform = bijection(msg)
+    try:
+        transform = bijection(msg)
+    except ValueError:  # to be refused, unless no data depend on it
+        with suppress(NotImplementedError, ValueError):
+            value: Tensor = fn.sample()
+            fn.log_prob(value)
+            return value
+        raise
     like = _some_tensor(fn)
     return transform(like.new_empty(transform.inverse_shape(fn.shape())).uniform_(-1, 1))
 
@@ -188,6 +336,12 @@ def is_delta(fn: Any) -> bool:
     return isinstance(fn, dist.Delta)
 
 
+def can_be_drawn(fn: Any) -> bool:
+    """Tells whether a distribution says how it is drawn from; one with a density only, as a likelihood may be, not."""
+    kind, of_torch = type(undressed(fn)), torch.distributions.Distribution
+    return kind.sample is not of_torch.sample or kind.rsample is not of_torch.rsample
+
+
 def is_improper(fn: Any) -> bool:
     """Tells whether a distribution cannot be drawn from, however wrapped."""
     while hasattr(fn, "base_dist"):
@@ -202,8 +356,8 @@ def init_to_center(site: Any) -> Tensor:
     """
     try:
         value = _center(site)
-    except ValueError:  # a site without a bijection, which a reparameterizer is about to replace
-        value = init_to_feasible(site)
+    except ValueError:  # a site without a bijection, which a reparameterizer is about to replace, or none guides
+        value = site["fn"].sample()
     value._pyro_custom_init = False  # type: ignore[attr-defined]  # reparameterizers may overwrite it without a warning
     return value
 
