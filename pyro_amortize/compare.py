@@ -20,7 +20,7 @@ from pyro_amortize.densities import log_densities
 from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import SVIFit, train
-from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
@@ -267,9 +267,9 @@ class _Fitting:
 
     def _guide(self, label: str, what: Any) -> AutoAmortized:
         if what == "amortized":
-            return AutoAmortized(self.model)
+            return guide_apart(self.model)
         if what == "mean_field":
-            return AutoAmortized(self.model, encoder=Table())
+            return guide_apart(self.model, encoder=Table())
         if what == "mean_field_warm":
             amortized = [name for name in self.ratios if _answers_new_rows(self.fits[name])]
             if not amortized:

@@ -13,7 +13,7 @@ from pyro_amortize.densities import log_densities, vectorizing
 from pyro_amortize.encoders import MLP, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.estimates import Part
 from pyro_amortize.fit import seeded, train
-from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.steps import Options
@@ -78,7 +78,7 @@ def conditioning_gap(
     more = kinds | {name: what.encoder for name, what in lacking.items()}
     ratios = []
     for encoder, inputs, title in ((more, seen, "encoder with all inputs"), (kinds, shown, "encoder with its inputs")):
-        twin = AutoAmortized(model, encoder=encoder, inputs=inputs or None, prepare=guide.options["prepare"])
+        twin = guide_apart(model, encoder=encoder, inputs=inputs or None, prepare=guide.options["prepare"])
         trained = replace(options, num_steps=num_training_steps, lr=Options.lr)
         ratios.append(_trained_ratio(model, twin, args, kwargs, plate, trained, num_draws, title))
     part = Part.mean_of(ratios[0]) - Part.mean_of(ratios[1])

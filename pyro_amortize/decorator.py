@@ -14,7 +14,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.compare import METHODS, Comparison, compare_inference
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
-from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.posterior import Posterior
 
 
@@ -45,11 +45,8 @@ class AmortizedModel(PyroModule):
     def guide(self) -> AutoAmortized:
         """The guide, made when first asked for; not a submodule."""
         if self.__dict__["_guide"] is None:
-            self.__dict__["_guide"] = (self._new_guide(),)
+            self.__dict__["_guide"] = (AutoAmortized(self, **self.__dict__["_guide_options"]),)
         return self.__dict__["_guide"][0]
-
-    def _new_guide(self) -> AutoAmortized:
-        return AutoAmortized(self, **self.__dict__["_guide_options"])
 
     def fit(self, *args: Any, **options: Any) -> SVIFit:
         """Trains guide and model: :func:`~pyro_amortize.fit.fit_svi`."""
@@ -74,7 +71,10 @@ class AmortizedModel(PyroModule):
         """
         methods = options.pop("methods", METHODS)
         asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
-        fresh = {label: self._new_guide() if what == "amortized" else what for label, what in asked.items()}
+        fresh = {
+            label: guide_apart(self, **self.__dict__["_guide_options"]) if what == "amortized" else what
+            for label, what in asked.items()
+        }
         return compare_inference(self, *args, methods=fresh, **options)
 
     def train(self, mode: bool = True) -> AmortizedModel:

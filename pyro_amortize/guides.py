@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,6 +37,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
+from pyro_amortize.registration import Registration
 from pyro_amortize.storage import load_model_state, model_state, options_of, read, write
 from pyro_amortize.supports import init_to_center
 
@@ -50,6 +50,12 @@ class AutoAmortized(AutoGuide):
     and subsampling, since the guide runs the model up to its last latent. (A ``BatchNorm`` in that part therefore
     updates twice a step.) Parameters are made when data are first seen, by :meth:`initialize` or by the first call,
     and follow their device and dtype.
+
+    In Pyro's param store they stand under the name of the class; a second guide's under ``AutoAmortizedNormal_1``, and
+    so on, in the order in which guides are initialized. A new guide starts afresh, whatever guides there were before,
+    with one exception: values that ``pyro.get_param_store().load(path)`` brought are taken, statistics of the training
+    data included, by the first new guide of their name, which they must fit. :meth:`save` and :meth:`load` keep the
+    plan and the options as well, and need no data.
 
     Main arguments:
         model: A Pyro model.
@@ -117,7 +123,7 @@ class AutoAmortized(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"{type(self).__name__}: init_scale={init_scale}. Expected a positive number.")
         super().__init__(model)
-        self._pyro_name = _unique_name(type(self))
+        self._registration = Registration(type(self).__name__)
         self.plan: AmortizationPlan | None = None
         self.options: dict[str, Any] = {
             "family": family,
@@ -170,6 +176,7 @@ class AutoAmortized(AutoGuide):
 
         Raises:
             ValueError, NotImplementedError: As :func:`~pyro_amortize.planner.plan_amortization` does.
+            ValueError: Parameters that were loaded into the param store do not fit.
         """
         if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
             return
@@ -186,11 +193,13 @@ class AutoAmortized(AutoGuide):
         dtype = floating[0] if floating else torch.get_default_dtype()
         device = data[0].device if data else torch.empty(()).device
         plan, preparations = builder.prepared(plan, examples, device, dtype)
-        self._take(plan, builder.coders(plan, preparations, examples, device, dtype), preparations, dtype)
-        trace = builder.start(plan, self.coders, self.model, beginning, self.init_loc_fn)
+        coders = builder.coders(plan, preparations, examples, device, dtype)
+        self._take(plan, coders, preparations, dtype)
+        trace = builder.start(plan, coders, self.model, beginning, self.init_loc_fn)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
         run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
+        self._register()
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns the posterior median of every latent for these data, shape of its site.
@@ -363,7 +372,7 @@ class AutoAmortized(AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pyro_name = _unique_name(type(self))
+        self._registration = Registration(type(self).__name__)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("locs", "scales", "loc", "scale"):
@@ -392,26 +401,32 @@ class AutoAmortized(AutoGuide):
         """Returns the module that prepares a block's inputs."""
         return self._modules["preparations"][block.key]  # type: ignore[index]
 
+    def _register(self) -> str:
+        """Puts the parameters into the param store, and takes what was loaded there; returns the name before theirs."""
+        if _is_module_local_param_enabled():
+            return self._pyro_name
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        fresh = self._versions == [p._version for p in self.parameters()]
+        return self._registration.update(self._pyro_name, {**trained, **dict(self.named_buffers())}, fresh)
+
     def _announce(self) -> None:
         """Sends a param message for every parameter, so that any ELBO trains it."""
-        local = _is_module_local_param_enabled()
-        store = pyro.get_param_store()
+        local, prefix = _is_module_local_param_enabled(), self._register()
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            name = f"{self._pyro_name}.{name}"
+            name = f"{prefix}.{name}"
             if local:
                 alias = parameter.view_as(parameter)
                 alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
                 effectful(type="param")(_constantly(alias))(name, constraint=constraints.real, name=name)
             else:
-                if store._params.get(name) is not parameter and name in store:
-                    del store[name]
                 pyro.param(name, parameter)
 
     def _answer(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuidedRun:
         """Runs the model with every latent at its median."""
         self._refuse_uninitialized(what)
+        self._register()
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
             run = GuidedRun(self, args, kwargs, {}, answering=True)
             with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
@@ -436,9 +451,12 @@ class AutoAmortizedNormal(AutoAmortized):
         super().__init__(model, **{"family": "normal", **options})
 
 
+def guide_apart(model: Model, **options: Any) -> AutoAmortized:
+    """Makes a guide that is no user's own: it takes nothing of what was loaded into the param store."""
+    guide = AutoAmortized(model, **options)
+    guide._registration.takes_loaded = False
+    return guide
+
+
 def _constantly(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
-
-
-def _unique_name(cls: type) -> str:
-    return f"{cls.__name__}_{uuid.uuid4().hex[:8]}"

@@ -19,7 +19,7 @@ from pyro_amortize.densities import Subsample, covering, enumerated_sites, log_d
 from pyro_amortize.encoders import Table
 from pyro_amortize.enumeration import CHUNK
 from pyro_amortize.fit import NUM_DRAWS, SVIFit, seeded
-from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
@@ -298,7 +298,7 @@ def _opposite_pairs(count: int, like: Tensor) -> Tensor:
 
 def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
     """Writes an optimum into tables: a guide for the model with globals held."""
-    guide = AutoAmortized(joint.model, encoder=Table())
+    guide = guide_apart(joint.model, encoder=Table())
     guide.initialize(*joint.args, **joint.kwargs)
     plan: AmortizationPlan = guide.plan  # type: ignore[assignment]
     parts = [indices for indices, _ in covering(joint.frame)] if joint.subsamples else [None]  # type: ignore[arg-type]

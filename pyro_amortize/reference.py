@@ -19,7 +19,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.densities import Subsample, covering
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import SVIFit, seeded, train
-from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
@@ -113,7 +113,7 @@ def mean_field_guide(
         start: As of :func:`fit_mean_field`, and so are the errors.
         seed: Of the first run of the model.
     """
-    guide = AutoAmortized(model, encoder=Table())
+    guide = guide_apart(model, encoder=Table())
     if start is None:
         return guide
     if not callable(start):

@@ -11,7 +11,17 @@ PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
     {"calls"},
-    {"annealing", "arviz_bridge", "plots", "supports", "structure", "parameters", "pooling", "families"},
+    {
+        "annealing",
+        "arviz_bridge",
+        "plots",
+        "supports",
+        "structure",
+        "parameters",
+        "pooling",
+        "families",
+        "registration",
+    },
     {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture"},
     {"elbos", "nuts"},
     {"held"},

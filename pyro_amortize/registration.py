@@ -1,0 +1,133 @@
+"""A guide's parameters in Pyro's param store: under which name, and whose the values there are.
+
+Names tell guides of one class apart in the order in which they are first used, so that they are the same in the next
+process. What the store holds under a guide's name and no guide of this process has put there was loaded, or set by
+hand: that is the guide's to take. Statistics of the data stand there beside the parameters, since these mean nothing
+without them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Mapping
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.utils.weak import WeakIdKeyDictionary
+
+_put: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What guides have put into the store: for each tensor there the registration, and the tensor that it stands for."""
+
+
+class Registration:
+    """The place of one guide in the param store.
+
+    Args:
+        kind: Name of the guide's class, for messages.
+
+    Attributes:
+        name: The guide's name in the store, once it has one.
+        takes_loaded: Whether a fresh guide takes loaded values.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.name: str | None = None
+        self.takes_loaded = True
+
+    def update(self, base: str, tensors: Mapping[str, Tensor], fresh: bool) -> str:
+        """Puts a guide's tensors into the store, and takes what was loaded there; returns the guide's name.
+
+        Args:
+            base: The name, where no other guide has it; others have ``base_1``, ``base_2``, ...
+            tensors: Parameters, and buffers that are kept beside them.
+            fresh: Whether the guide is neither trained nor loaded from a file.
+
+        Raises:
+            ValueError: What was loaded does not fit.
+        """
+        store = pyro.get_param_store()._params
+        if self.name is None or any(self._is_anothers(store.get(f"{self.name}.{key}")) for key in tensors):
+            self.name = self._choose(base, tensors, fresh and self.takes_loaded)
+        for key, tensor in tensors.items():
+            name = f"{self.name}.{key}"
+            held = store.get(name)
+            if held is tensor or (held is not None and self._stands_for(held, tensor)):
+                continue
+            if held is not None and held not in _put:
+                if held.shape != tensor.shape:
+                    raise ValueError(self._misfit(str(self.name), {key: held}, {key: tensor}))
+                tensor.data.copy_(held.detach())
+            self._put(name, tensor)
+        return self.name
+
+    def _is_anothers(self, held: Tensor | None) -> bool:
+        return held is not None and held in _put and _put[held][0]() is not self
+
+    def _stands_for(self, held: Tensor, tensor: Tensor) -> bool:
+        return held in _put and _put[held][1]() is tensor
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        store = pyro.get_param_store()
+        before = store._params.get(name)
+        if before is not None:
+            store._param_to_name.pop(before, None)
+        # Not by the store's own methods, which put a copy of tensors that are not contiguous.
+        there = tensor if tensor.requires_grad else _alias(tensor)
+        store._params[name], store._constraints[name], store._param_to_name[there] = there, constraints.real, name
+        _put[there] = weakref.ref(self), weakref.ref(tensor)
+
+    def _choose(self, base: str, tensors: Mapping[str, Tensor], takes: bool) -> str:
+        """Returns the first name that is not in the store; to take loaded values, the first of theirs that fits."""
+        entry = re.compile(rf"({re.escape(base)}(?:_(\d+))?)\.(.+)")
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in pyro.get_param_store()._params.items():
+            match = entry.fullmatch(name)
+            if match:
+                found.setdefault(match[1], {})[match[3]] = value
+        loaded = sorted(
+            (name for name, values in found.items() if not any(value in _put for value in values.values())),
+            key=lambda name: int(name[len(base) + 1 :] or 0),
+        )
+        if takes and loaded:
+            fitting = [name for name in loaded if _shapes(found[name]) == _shapes(tensors)]
+            if not fitting:
+                raise ValueError(self._misfit(loaded[0], found[loaded[0]], tensors))
+            if len(fitting) > 1:
+                warnings.warn(
+                    f"{self.kind}: the param store holds loaded parameters of {len(fitting)} guides that fit, "
+                    f"{fitting}. This guide takes '{fitting[0]}', the first. To tell guides apart, save each by "
+                    f"guide.save(path) and load it by {self.kind}.load(path, model); to keep one only, call "
+                    f"pyro.clear_param_store() before it is trained.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return fitting[0]
+        number = 0
+        while (name := f"{base}_{number}" if number else base) in found:
+            number += 1
+        return name
+
+    def _misfit(self, name: str, held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+        there, here = _shapes(held), _shapes(tensors)
+        key = next(key for key in [*here, *there] if here.get(key) != there.get(key))
+        return (
+            f"{self.kind}: the param store holds loaded parameters '{name}' that do not fit this guide: "
+            f"'{key}' has shape {there.get(key)} there and {here.get(key)} here (None: it is not). Build the guide "
+            f"with the model and options that it was trained with; or, to start afresh, call pyro.clear_param_store() "
+            f"first. guide.save(path) and {self.kind}.load(path, model) keep the options too."
+        )
+
+
+def _alias(buffer: Tensor) -> Tensor:
+    """Returns a buffer as what stands in the store: all there require gradients, as hooks on them suppose."""
+    shared = buffer.detach() if buffer.is_floating_point() else buffer.detach().to(torch.get_default_dtype())
+    return shared.requires_grad_()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
