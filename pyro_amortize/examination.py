@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pyro_amortize.calls import Call, Model, opened
+from pyro_amortize.elements import Elements
 from pyro_amortize.excerpt import FEW, Long, Part
 from pyro_amortize.held import HeldRun
 from pyro_amortize.latents import LatentProbes
@@ -71,6 +72,8 @@ def _examined_in_part(model: Model, long: Long) -> Structure | None:
             return None
         facts = _examined(model, call)
     except Exception:
+        return None
+    if any(set(site.own) & set(sizes) for site in facts.sites.values()):  # an element that grows with the rows
         return None
     part = Part(long, rows, {name: facts.plates[name] for name in sizes})
     whole = {}
@@ -134,7 +137,21 @@ def _structure(probes: Probes) -> Structure:
     empty = tuple(name for name, leaf in probes.held.call.leaves.items() if leaf is None)
     links = tuple(probes.links)
     families = probes.families
-    return Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
+    facts = Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
+    return _with_elements(facts, latents)
+
+
+def _with_elements(facts: Structure, latents: LatentProbes) -> Structure:
+    """Makes plates that are latents' own dimensions of their elements."""
+    own = Elements(facts).own()
+    sites = dict(facts.sites)
+    for name, gone in own.items():
+        plates = tuple(plate for plate in sites[name].plates if plate not in gone)
+        shape = latents.element_shape(name, plates)
+        sites[name] = replace(
+            sites[name], plates=plates, own=gone, shape=shape, couples=sites[name].couples - set(gone)
+        )
+    return replace(facts, sites=sites)
 
 
 def _is_loose(loop: str, facts: Structure, probes: Probes) -> bool:

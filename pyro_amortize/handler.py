@@ -194,7 +194,8 @@ class GuidedRun(Messenger):
             msg["infer"] = {**msg["infer"], **_enumeration_of(q)}
         if self.answering:
             self.found[name] = q
-            self.plates[name] = tuple(plate for plate in block.plates if plate not in turn)
+            around = sorted(plates_of([msg]).values(), key=lambda plate: plate.order)
+            self.plates[name] = tuple(plate.name for plate in around)
             msg["value"] = typical(q)
 
     def _leave_markov_scope(self, msg: Any) -> None:

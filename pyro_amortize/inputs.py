@@ -122,14 +122,14 @@ class Inputs(nn.Module):
         """Numbers the columns of each argument of counts from 1; 0 for columns with a scale of their own."""
         marks: list[int] = []
         for i, source in enumerate(self.sources):
-            own = _numel(source.shape) if source.kind in ("count", "level") else 0
+            own = _numel(source.cell) if source.kind in ("count", "level") else 0
             marks += [i + 1] * own + [0] * (source.width - own)
         return torch.tensor(marks, dtype=torch.long)
 
     def _indicators(self) -> Tensor:
         marks: list[bool] = []
         for source in self.sources:
-            own = source.width - (_numel(source.shape) if source.missing else 0)
+            own = source.width - (_numel(source.cell) if source.missing else 0)
             marks += [source.kind in ("category", "binary")] * own
             marks += [True] * (source.width - own)
         return torch.tensor(marks, dtype=torch.bool)
@@ -217,8 +217,8 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Ten
 
 
 def _flat(value: Tensor, source: Source) -> Tensor:
-    batch = value.dim() - len(source.shape)
-    return value.reshape((*value.shape[:batch], _numel(source.shape)))
+    batch = value.dim() - len(source.cell)
+    return value.reshape((*value.shape[:batch], _numel(source.cell)))
 
 
 def _numel(shape: tuple[int, ...]) -> int:

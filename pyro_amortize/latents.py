@@ -47,12 +47,8 @@ class LatentProbes:
         discrete = bool(support_of(site["fn"]).is_discrete)
         if is_delta(site["fn"]):
             return Site(name, False, names, tuple(site["fn"].shape()), fixed=True, **facts)
-        one = site.get("example", site)
-        facts["unreached"] = "" if discrete else why_unreached(one)
-        whole = one["fn"].shape() if discrete or facts["unreached"] else unconstrained_shape(one)
-        batch = len(one["fn"].batch_shape)
-        dims = {frame.dim for frame in one["cond_indep_stack"] if frame.vectorized}
-        kept = tuple(size for i, size in enumerate(whole) if i - batch not in dims)
+        facts["unreached"] = "" if discrete else why_unreached(site.get("example", site))
+        kept = self.element_shape(name, names)
         if discrete:
             kind, categories = kind_of(site["fn"])
             facts |= {"fixed": True, "discrete": True, "kind": kind, "categories": categories}
@@ -65,6 +61,16 @@ class LatentProbes:
         if not discrete:
             facts["row_plates"] = self._row_plates(name, children)
         return Site(name, False, names, kept, children, couples, **facts)
+
+    def element_shape(self, name: str, plates: tuple[str, ...]) -> tuple[int, ...]:
+        """Returns the shape of an element of a latent in unconstrained space: without the axes of these plates."""
+        site = self.probes.factors[name]
+        one = site.get("example", site)
+        plain = support_of(one["fn"]).is_discrete or why_unreached(one)
+        whole = one["fn"].shape() if plain else unconstrained_shape(one)
+        batch = len(one["fn"].batch_shape)
+        dims = {frame.dim for frame in one["cond_indep_stack"] if frame.name in plates}
+        return tuple(size for i, size in enumerate(whole) if i - batch not in dims)
 
     def reach_in_turn(self, loop: str) -> bool:
         """Replaces latents of single turns of a loop; tells whether each reaches data of its turn, and none before."""

@@ -105,7 +105,7 @@ class Ways:
         goal = frozenset(target)
         root = self._tree(goal, sources, sites)
         for context in contexts:
-            tree = self._tree(context, [s for s in sources if not self.covers(context, s.plates)], sites)
+            tree = self._tree(context, [s for s in sources if not self.covers(context, s.level)], sites)
             self._spread(tree, root)
         nodes = list(_post_order(root))
         position = {id(child): i for i, node in enumerate(nodes) for child in node.handed}
@@ -137,10 +137,10 @@ class Ways:
             if self.covers(site.plates, goal):
                 node(frozenset(site.plates)).sites.append(site.name)
         for source in sources:
-            if self.covers(source.plates, goal):
-                node(frozenset(source.plates)).sources.append(source)
+            if self.covers(source.level, goal):
+                node(frozenset(source.level)).sources.append(source)
         for source in sources:
-            level = frozenset(source.plates)
+            level = frozenset(source.level)
             if not self.covers(level, goal):
                 beside = [n for n in nodes.values() if n.sites and self.covers(n.plates, level)]
                 for place in [nodes[goal]] if self.covers(goal, level) else beside:

@@ -231,7 +231,7 @@ def _described(block: Block) -> str:
     parts = []
     for name in block.inputs:
         source = next(source for source in block.sources if source.name == name)
-        over = [plate for plate in source.plates if plate not in block.plates]
+        over = [plate for plate in source.level if plate not in block.plates]
         pooled = any(level.pooled and source in level.sources for level in block.levels)
         parts.append(f"{name} over {'/'.join(over)}" if over and pooled else name)
     if block.reach is not None:
@@ -255,4 +255,5 @@ def _tuples(code: Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(code: Mapping[str, Any]) -> Source:
     sets = {key: frozenset(code[key]) for key in ("reaches", "indexed", "couples")}
-    return Source(**{**_tuples(code), **sets, "offsets": tuple(map(tuple, code["offsets"]))})
+    pairs = {key: tuple(map(tuple, code[key])) for key in ("offsets", "whole")}
+    return Source(**{**_tuples(code), **sets, **pairs})

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortize.calls import Model
-from pyro_amortize.encoders import MLP, Constant, Recurrent, Window, encoder_for
+from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
@@ -135,7 +135,7 @@ class _Planner:
             if self._is_encoded_global(site) or self._is_start(site) or self._is_local(site)
         }
         self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
-        self.judge = Judge(facts, self.ways, self.sources, self._has_table, self._is_by_function)
+        self.judge = Judge(facts, self.ways, self.sources, self._is_by_table, self._is_by_function)
 
     def plan(self) -> AmortizationPlan:
         """Returns the plan."""
@@ -146,11 +146,9 @@ class _Planner:
         blocks, verdicts = [], []
         for name, sites in grouped.items():
             site, verdict, reach, constant = sites[0], None, None, False
-            if site.name not in self.locals:
-                levels: tuple[Level, ...] = ()
-            elif self._has_table(site):
+            if site.name not in self.locals or self._has_table(site):
                 self._refuse_unknown_rows(site)
-                levels = self._presence(sites)
+                levels = self._presence(sites) if site.name in self.locals else ()
             else:
                 levels, complete = self._levels(name, sites)
                 reach = self._reach(name, sites)
@@ -269,11 +267,59 @@ class _Planner:
             picked = [self._named_source(target, n, frozenset(related)) for n in names]
             complete = {s.name for s in found} <= {s.name for s in picked}
             found = picked
-        found += drawn
+        if not isinstance(self._encoder_of(name, sites), DeepSets):
+            found = [self._whole(source, target, together) for source in found]
+        found += drawn if chosen is not None else [*drawn, *self._indices(target, together, rows)]
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0])
         return levels, complete
+
+    def _whole(self, source: Source, target: tuple[str, ...], together: dict[str, Site]) -> Source:
+        """Makes plates of data features of a row of the target's, where pooling over them would lose which is which."""
+        if not target or not set(target) <= set(source.plates):
+            return source
+        sizes = tuple(
+            (name, self.facts.plates[name].size)
+            for name, index in zip(source.plates, source.through or (None,) * len(source.plates), strict=True)
+            if name not in target and index is None and self._is_told_apart(name, target, together)
+        )
+        return replace(source, whole=sizes)
+
+    def _is_told_apart(self, name: str, target: tuple[str, ...], together: dict[str, Site]) -> bool:
+        """Whether elements of a plate of data are not alike: the model knows them, or has a table for them."""
+        plate = self.facts.plates[name]
+        if plate.first is not None or plate.size < plate.full_size:
+            return False
+        if self.facts.hidden[name] or any(name in site.own for site in together.values()):
+            return True
+        return self._holds_table(name, target, related_to(together, self.facts))
+
+    def _holds_table(self, plate: str, target: tuple[str, ...], related: set[str]) -> bool:
+        """Whether a latent that informing data depend on has a table with a row for each element of a plate."""
+        return any(
+            plate in site.plates and not set(target) & set(site.plates) and site.children & related
+            for site in self.facts.latents
+            if self._is_by_table(site)
+        )
+
+    def _indices(self, target: tuple[str, ...], together: dict[str, Site], rows: list[Site]) -> list[Source]:
+        """Returns the indices that tell, of data that are to be pooled, to which row of a table each belongs."""
+        related, found = related_to(together, self.facts), list[Source]()
+        for link in self.facts.links:
+            pooled = any(
+                set(link.rows) <= set(row.plates) and self.ways.covers(row.plates, target) for row in rows
+            ) and not self.ways.covers(target, {link.to})
+            alone = len(self.facts.shapes[link.argument]) == len(link.rows)
+            if target and pooled and alone and self._holds_table(link.to, target, related):
+                dims = tuple(self.facts.plates[plate].dim for plate in link.rows)
+                source = Source(link.argument, link.rows, link.axes, dims, (), frozenset(related), kind="category")
+                categories = self.facts.plates[link.to].full_size - link.offset
+                found.append(replace(source, categories=categories))
+        return found
+
+    def _is_by_table(self, site: Site) -> bool:
+        return (site.name not in self.locals or self._has_table(site)) and not site.enumerated
 
     def _drawn(self, sites: list[Site], together: dict[str, Site]) -> list[Source]:
         """Returns the discrete latents that the guide draws before a block's own, so that q is conditional on them.
@@ -288,7 +334,7 @@ class _Planner:
             loops = [plate for plate in other.plates if self.facts.plates[plate].first is not None]
             dims = tuple(self.facts.plates[plate].dim for plate in other.plates)
             beside = -min(dims, default=0) - len(dims)  # axes of its batch that no plate of its own takes
-            plain = math.prod(other.shape[:beside]) == 1 and not loops
+            plain = math.prod(other.shape[:beside]) == 1 and not loops and not other.own
             if other.name in together and set(other.plates) <= set(first.plates) and (before or ahead) and plain:
                 reaches = frozenset(site.name for site in sites)
                 source = Source(other.name, other.plates, None, dims, other.shape[beside:], reaches, feeds=other.name)

@@ -62,7 +62,7 @@ class Reading:
         total = 1
         for level, cells in zip(block.levels, self.cells, strict=True):
             sources = zip(level.sources, cells, strict=True)
-            rows = [values.numel() // max(1, math.prod(source.shape)) for source, (values, _) in sources]
+            rows = [values.numel() // max(1, math.prod(source.cell)) for source, (values, _) in sources]
             total += max(rows, default=0) * max(level.width, widest)
         return total
 
@@ -180,7 +180,8 @@ class Reader:
                 f"observed values themselves as arguments of the model; for the sites of a loop there is no sleep "
                 f"phase: ReweightedWakeSleep(insomnia=1.0)."
             )
-        axes = list(dict.fromkeys([*block.plates, *(name for level in block.levels for name in level.plates)]))
+        inside = [name for source in block.sources for name, _ in source.whole]
+        axes = list(dict.fromkeys([*block.plates, *(name for x in block.levels for name in x.plates), *inside]))
         sizes = {name: present.size for name, present in plates.items()}
         if piece is not None:
             sizes[piece.plate] = piece.size
@@ -197,7 +198,10 @@ class Reader:
                 sizes |= dict(zip(source.plates, values.shape[lead:], strict=False))
                 cells = _laid(values, source.plates, axes, cell_dim)
                 present = self._source_marks(source, plates, axes, piece)
-                levels[-1].append((cells, None if present is None else present.expand(cells.shape)))
+                present = None if present is None else present.expand(cells.shape)
+                self._refuse_other_sizes(source, sizes)
+                present = None if present is None else _made_whole(present, source, axes)
+                levels[-1].append((_made_whole(cells, source, axes), present))
         marks = [self._level_marks(level, plates, axes, piece) for level in block.levels]
         for level, here in zip(block.levels, marks, strict=True):  # a loop has as many turns as its data
             for name, length in zip(axes, here.shape if isinstance(here, Tensor) else (), strict=False):
@@ -388,6 +392,16 @@ class Reader:
                 f"elements in this call. Make the plate as large as its index says."
             )
 
+    def _refuse_other_sizes(self, source: Source, sizes: dict[str, int]) -> None:
+        """Refuses other numbers of elements where these are features."""
+        for name, size in source.whole:
+            if sizes[name] != size:
+                raise ValueError(
+                    f"{self.kind}: '{source.name}' has {sizes[name]} elements of plate '{name}', but the guide was "
+                    f"initialized with {size}, and tells them apart. Build a new guide for data of this width, or one "
+                    f"that pools over them: {self.kind}(model, encoder=DeepSets())."
+                )
+
     def _function_rows(self, block: Block, plates: dict[str, Present]) -> Tensor:
         inputs = self.inputs
         if isinstance(inputs, dict):
@@ -402,6 +416,14 @@ class Reader:
                 f"shape ({', '.join(map(str, sizes))}, ...): a row for each element of '{'/'.join(block.plates)}'."
             )
         return rows
+
+
+def _made_whole(cells: Tensor, source: Source, axes: list[str]) -> Tensor:
+    """Moves plates that are features of a cell, shape (..., *axes, *shape), into it; length one stays behind."""
+    place = -1 - len(source.shape)
+    for done, (name, _) in enumerate(source.whole):
+        cells = cells.unsqueeze(place).transpose(axes.index(name) - len(axes) - done + place, place)
+    return cells
 
 
 def _narrowed(cells: Tensor, plates: tuple[str, ...], lead: int, piece: Piece | None) -> Tensor:

@@ -84,7 +84,8 @@ class Site:
 
     Attributes:
         plates: Names, outer to inner.
-        shape: Of one element in unconstrained space, plate axes removed (latents); of its values (observed).
+        own: Plates around it that are dimensions of an element (latents), as those of an event are.
+        shape: Of one element in unconstrained space, axes of ``plates`` removed (latents); of its values (observed).
         children: Sites whose density depends on this latent, itself apart.
         couples: Plates along which one element of this latent moves the densities of others.
         foreign: Whether it is a latent that the model hides from its guide (``poutine.block``).
@@ -122,6 +123,7 @@ class Site:
     logits: tuple[int, ...] | None = None
     distribution: str | None = None
     unreached: str = ""
+    own: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Source:
         by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
         drawn: Whether it is a discrete latent, whose value the guide draws before, or a call holds.
         ahead: Whether the model comes to that only later.
+        whole: Plates that are features of a cell, first of all its axes, and their sizes: told apart, not pooled over.
     """
 
     name: str
@@ -163,11 +166,23 @@ class Source:
     by_cell: bool = False
     drawn: bool = False
     ahead: bool = False
+    whole: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def level(self) -> tuple[str, ...]:
+        """The plates of whose elements cells are told apart."""
+        gone = dict(self.whole)
+        return tuple(plate for plate in self.plates if plate not in gone)
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """The shape of one cell, what stands whole in it included."""
+        return (*(size for _, size in self.whole), *self.shape)
 
     @property
     def width(self) -> int:
         """How many features a cell gives after preparation."""
-        size = math.prod(self.shape)
+        size = math.prod(self.cell)
         return size * (self.categories if self.kind == "category" else 1) + (size if self.missing else 0)
 
 

@@ -7,6 +7,7 @@ that stands inside an element of the outermost plate of local latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -83,9 +84,9 @@ class Judge:
         related = related_to(together, self.facts)
         informing = [source for source in self.sources if source.reaches & related]
         plates = {plate for site in together.values() for plate in site.plates}
-        plates |= {plate for level in levels for plate in level.plates}
+        plates |= {plate for level in levels if level.sources for plate in level.plates}
         coupled = self._summed_over_rows(together) or self._coupled(sites[0], together, informing, reach)
-        coupled = coupled or self._crossed(together)
+        coupled = coupled or self._crossed(together, levels)
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
@@ -206,11 +207,17 @@ class Judge:
                 )
         return None
 
-    def _crossed(self, together: dict[str, Site]) -> Verdict | None:
-        """Finds two latents of which neither's elements hold the other's, yet whose posteriors meet."""
+    def _crossed(self, together: dict[str, Site], levels: tuple[Level, ...]) -> Verdict | None:
+        """Finds two latents of which neither's elements hold the other's, yet whose posteriors meet.
+
+        Args:
+            together: The local latents whose posteriors depend on each other.
+            levels: The data that the encoder of these sees.
+        """
         local = [site for site in together.values() if site.plates]
+        tables = [site for site in self.facts.latents if site.plates and self.has_table(site)]
         for one in (site for site in local if not self.has_table(site)):
-            for other in local:
+            for other in dict.fromkeys([*local, *tables]):
                 apart = not self.ways.covers(one.plates, other.plates) and not self.ways.covers(
                     other.plates, one.plates
                 )
@@ -219,7 +226,7 @@ class Judge:
                 )
                 if apart and meet:
                     mine, theirs = "/".join(one.plates), "/".join(other.plates)
-                    if self.has_table(other) and self.by_function(one):
+                    if self.has_table(other) and (self.by_function(one) or not self._is_pooled(one, other, levels)):
                         continue
                     if self.has_table(other):
                         return Verdict(
@@ -227,14 +234,26 @@ class Judge:
                             f"pooling over the rows of '{mine}' loses which element of '{other.name}' (plate "
                             f"'{theirs}') each belongs to; pass them whole, inputs={{'{one.name}': lambda ...: ...}}",
                         )
+                    small, large = sorted((one, other), key=self._num_elements)
                     return Verdict(
                         False,
                         f"'{one.name}' (plate '{mine}') and '{other.name}' (plate '{theirs}') meet crosswise at "
                         f"'{meet[0]}', so the posterior of an element of '{mine}' needs the data of all of '{theirs}'; "
-                        f"a table for one side, encoder={{'{other.name}': Table()}}, leaves the other to amortize",
+                        f"a table for the smaller side, encoder={{'{small.plates[-1]}': Table()}}, leaves "
+                        f"'{large.name}' to amortize",
                         factorizes=False,
                     )
         return None
+
+    def _num_elements(self, site: Site) -> int:
+        return math.prod(self.facts.plates[plate].full_size for plate in site.plates)
+
+    def _is_pooled(self, one: Site, other: Site, levels: tuple[Level, ...]) -> bool:
+        """Whether the encoder of a latent pools over rows of other elements of another, and is not told of which."""
+        pooled = {plate for level in levels if level.sources for plate in level.plates}
+        seen = {source.name for level in levels for source in level.sources}
+        told = {link.to for link in self.facts.links if link.argument in seen}
+        return any(self.ways.covers(pooled, {plate}) for plate in set(other.plates) - set(one.plates) - told)
 
 
 def one_answer(sites: list[Site], judged: Verdict) -> Verdict:

@@ -54,6 +54,7 @@ class Case:
         own_subsample: Whether its plate draws rows of its own.
         vectorizable: Whether the model runs with particles to the left of its plates.
         hide: Arguments -> arguments that differ only in entries under a mask.
+        own: Plates that are dimensions of a latent's elements.
         series: Families of latents, one site for each of ``STEPS`` turns of a loop; the others are as listed.
         sleeps: Whether an argument is the only observed site's values, so that a sleep phase can replace them.
         posterior: Arguments -> site -> exact mean and standard deviation.
@@ -71,6 +72,7 @@ class Case:
     resizable: bool = True
     own_subsample: bool = False
     vectorizable: bool = True
+    own: tuple[str, ...] = ()
     series: tuple[str, ...] = ()
     sleeps: bool = False
     hide: Callable[..., tuple[Any, ...]] | None = None
@@ -557,6 +559,16 @@ def partly_masked(y, flag, mask):
         pyro.sample("flag", dist.Normal(z, 1.0), obs=flag)
         with poutine.mask(mask=mask):
             pyro.sample("y", dist.Normal(z[..., None] * torch.ones(2), 1.0).to_event(1), obs=y)
+
+
+@zoo(reals(4), {"z": {"x"}}, plates={"z": ("n", "factors")}, own=("factors",))
+def own_dimensions(x):
+    loadings = torch.tensor([[1.0, 0.5, 0.0, -1.0], [0.0, 1.0, -0.5, 0.5]]).to(x)
+    with pyro.plate("n", len(x), dim=-2):
+        with pyro.plate("factors", 2, dim=-1):
+            z = pyro.sample("z", standard())
+        with pyro.plate("pixels", 4, dim=-1):
+            pyro.sample("x", dist.Normal(z @ loadings, 1.0), obs=x)
 
 
 @zoo(

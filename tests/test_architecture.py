@@ -24,7 +24,7 @@ ORDER = [
     },
     {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture"},
     {"elbos", "nuts"},
-    {"held"},
+    {"held", "elements"},
     {"probes"},
     {"latents", "sources"},
     {"examination"},

@@ -343,7 +343,7 @@ def positions(y):
     with pyro.plate("n", len(y), dim=-2):
         z = pyro.sample("z", normal())
         with pyro.plate("items", y.shape[1], dim=-1):
-            pyro.sample("y", dist.Normal(z * torch.arange(4.0), 1.0), obs=y)
+            pyro.sample("y", dist.Normal(z * torch.arange(float(y.shape[1])), 1.0), obs=y)
 
 
 INDICES = (torch.arange(12) % 4, torch.arange(12) // 4)
@@ -358,9 +358,61 @@ VERDICTS = {
     "nested": (nested, (data(),), True, "rows of 'groups' are independent"),
     "indexed": (indexed, (data().flatten(), torch.arange(GROUPS).repeat_interleave(MEMBERS)), True, "'groups'"),
     "crossed": (effects, (X, *INDICES), False, "'u' (plate 'users') and 'v' (plate 'items') meet crosswise at 'y'"),
-    "positions": (positions, (torch.randn(6, 4),), False, "pass an element's rows whole, inputs={'z'"),
+    "positions": (positions, (torch.randn(6, 4),), True, "the encoder sees all of a row's data"),
     "equal rows": (rows(lambda z, x: z + x.sum()), (torch.ones(12),), None, None),
 }
+
+
+def test_positions_are_told_apart_unless_pooling_is_asked_for():
+    y = torch.randn(6, 4)
+    whole, pooled = AutoAmortizedNormal(positions), AutoAmortizedNormal(positions, encoder=DeepSets())
+    for guide in (whole, pooled):
+        guide.initialize(y)
+    assert [guide.plan.blocks[0].features for guide in (whole, pooled)] == [4, 1]
+    assert "encoder(y over items)" in str(pooled.plan)
+    assert pooled.plan.verdict.closable is False
+    assert "pass an element's rows whole, inputs={'z'" in pooled.plan.verdict.reason
+    pooled.posterior(y[:, :3])
+    with pytest.raises(ValueError, match=r"'y' has 3 elements of plate 'items'.*initialized with 4.*DeepSets\(\)"):
+        whole.posterior(y[:, :3])
+
+
+def two_parameter_logistic(y):
+    persons, items = pyro.plate("persons", len(y), dim=-2), pyro.plate("items", y.shape[1], dim=-1)
+    with items:
+        slope = pyro.sample("slope", dist.LogNormal(torch.tensor(0.0), 0.5))
+        level = pyro.sample("level", normal())
+    with persons:
+        skill = pyro.sample("skill", normal())
+    with persons, items:
+        pyro.sample("y", dist.Bernoulli(logits=slope * (skill - level)), obs=y)
+
+
+@pytest.mark.parametrize("persons", [5, 40])
+def test_the_way_out_of_crossed_plates_is_one_line(persons):
+    y = (torch.rand(persons, 12) > 0.5).double()
+    verdict = plan_amortization(two_parameter_logistic, y).verdict
+    small, other, width = ("persons", "slope", 5) if persons < 12 else ("items", "skill", 12)
+    assert verdict.closable is False
+    assert f"encoder={{'{small}': Table()}}, leaves '{other}' to amortize" in verdict.reason
+    guide = AutoAmortizedNormal(two_parameter_logistic, encoder={small: Table()})
+    guide.initialize(y)
+    assert guide.plan.block_of(other).features == width
+    assert guide.plan.verdict.closable is True
+
+
+def test_the_way_out_of_crossed_indices_is_one_line():
+    args = (X, *INDICES)
+    assert "encoder={'items': Table()}, leaves 'u' to amortize" in plan_amortization(effects, *args).verdict.reason
+    guide = AutoAmortizedNormal(effects, encoder={"items": Table()})
+    guide.initialize(*args)
+    assert (guide.plan.block_of("u").inputs, guide.plan.block_of("u").features) == (("y", "item"), 1 + 3)
+    assert guide.plan.verdict.closable is True
+    order = torch.randperm(12)
+    there, here = guide.posterior(*(arg[order] for arg in args)).mean["u"], guide.posterior(*args).mean["u"]
+    torch.testing.assert_close(there, here)
+    other = guide.posterior(X, INDICES[0], 2 - INDICES[1]).mean["u"]
+    assert not torch.allclose(other, here)
 
 
 @pytest.mark.parametrize(("model", "args", "closable", "named"), VERDICTS.values(), ids=VERDICTS.keys())

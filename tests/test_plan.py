@@ -37,6 +37,7 @@ def test_plans_of_the_zoo(name):
         in_series = set(block.sites) <= set(case.series)
         assert block.closable is (None if not block.amortized else case.closable or bool(case.series) > in_series)
         plates = case.plates.get(block.sites[0], ("n",) if block.amortized else ())
+        plates = tuple(plate for plate in plates if plate not in case.own)
         assert block.plates == ((*plates, "steps") if in_series and len(plates) < 2 else plates)
         assert block.dim == sum(block.dims)
 
