@@ -46,6 +46,13 @@ class Call:
         return bound.args, bound.kwargs
 
     @property
+    def parameters(self) -> dict[str, tuple[Any, bool]]:
+        """The model's arguments by name: their values, and whether they may stand without their names."""
+        kinds = {name: parameter.kind for name, parameter in self._bound.signature.parameters.items()}
+        named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+        return {name: (value, kinds[name] not in named) for name, value in self._bound.arguments.items()}
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The leaves that are tensors."""
         return {name: value for name, value in self.leaves.items() if isinstance(value, Tensor)}

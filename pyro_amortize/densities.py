@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +20,8 @@ from tqdm import tqdm
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.parameters import preserved
-from pyro_amortize.structure import Plate, plates_of
+from pyro_amortize.structure import plates_of
+from pyro_amortize.subsamples import Subsample, covering
 from pyro_amortize.supports import is_delta, is_enumerated, support_of
 
 Setting = tuple[Model, Model, tuple[Any, ...], dict[str, Any]]
@@ -47,26 +47,6 @@ class Densities:
     def log_ratio(self) -> Tensor:
         """Log p - log q: its mean over draws estimates the ELBO."""
         return self.log_p - self.log_q
-
-
-class Subsample(Messenger):
-    """Fixes which elements of a plate a model sees, where the plate subsamples by itself."""
-
-    def __init__(self, plate: str, indices: Tensor) -> None:
-        super().__init__()
-        self.plate = plate
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["name"] == self.plate:
-            msg["value"] = self.indices
-
-
-def covering(plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields subsamples of a plate's own size that cover it, each with the mask of elements not seen before."""
-    for start in range(0, plate.full_size, plate.size):
-        indices = torch.arange(plate.full_size)[min(start, plate.full_size - plate.size) :][: plate.size]
-        yield indices, indices >= start
 
 
 def log_densities(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.runtime import effectful
@@ -27,16 +26,18 @@ from torch.distributions import constraints
 
 from pyro_amortize.building import Builder, check_encoder
 from pyro_amortize.calls import Call, Model, signature_of
+from pyro_amortize.carried import Known
 from pyro_amortize.encoders import Encoder, Heads
 from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
-from pyro_amortize.handler import GuidedRun, Replicate
+from pyro_amortize.handler import GuidedRun, call_of
 from pyro_amortize.inputs import Preparation, Prepare
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior
+from pyro_amortize.prediction import Prediction, arguments_of
 from pyro_amortize.registration import Registration
 from pyro_amortize.storage import load_model_state, model_state, options_of, read, write
 from pyro_amortize.supports import init_to_center
@@ -143,6 +144,7 @@ class AutoAmortized(AutoGuide):
         self._versions: list[int] = []
         self._exits: dict[Any, frozenset[str]] = {}
         self._given: dict[Any, bool] = {}
+        self._warned: set[Any] = set()
 
     # Pyro's protocol.
 
@@ -237,40 +239,69 @@ class AutoAmortized(AutoGuide):
         return Posterior(run.found, run.plates, discrete, joint)
 
     def predictive(
-        self, *args: Any, num_samples: int = 1000, parallel: bool = False, model_kwargs: dict[str, Any] | None = None
+        self,
+        *args: Any,
+        given: Any = None,
+        num_samples: int = 1000,
+        parallel: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Draws latents from the guide, and replicated observations for the same rows from the model.
+        """Draws latents from the guide, and replicated observations from the model, for the rows of a call.
 
-        Sites that are summed out are drawn between the two, jointly: given the other latents and the data.
+        Latents are informed by the data of that call; those without data have the model's own conditional, as new rows
+        should. To predict other rows than those that inform, pass the call that informs as ``given``. The latents that
+        both calls have then come from q given that call: globals, groups that rows point to by an index and other
+        plates without observed sites of their own (element by element, by their number), steps of a series, and rows
+        that both calls have. Latents of new rows, new groups and later steps have the model's own conditional given
+        these, or q where the call has data for them. Rows are the same where their number is, or is larger, and the
+        arguments that both calls have for them are equal; so are groups.
+
+        Sites that are summed out are drawn jointly, given the other latents and the data. Plates whose elements the
+        model draws at random are walked through, all of them once.
 
         Args:
             args: The model's positional arguments.
+            given: The call that informs: its positional arguments in a tuple, or its arguments by name in a dict.
             num_samples: Number of draws.
-            parallel: Whether to draw in one run of the model; see Pyro's ``Predictive``. Where sites are summed out,
-                draws have a run each all the same.
+            parallel: Whether draws may be made in one run of the model, where that gives what a run each gives, which
+                is tried first.
             model_kwargs: The model's keyword arguments.
 
         Returns:
             Site -> shape (num_samples, *site's shape), for latents, observed and deterministic sites.
+
+        Raises:
+            RuntimeError: The guide has no parameters yet.
+            ValueError: ``given`` is no call, or new rows with data are asked of a table.
+            NotImplementedError: A site cannot be drawn, or grows in a way that cannot be followed.
+
+        Example:
+            >>> def model(x, group, y=None):
+            ...     with pyro.plate("groups", 3):
+            ...         level = pyro.sample("level", dist.Normal(0.0, 5.0))
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("y", dist.Normal(level[..., group] + x, 1.0), obs=y)
+            >>> x, group = torch.randn(30), torch.arange(30) % 3
+            >>> y = 3.0 * group + x + torch.randn(30)
+            >>> guide = AutoAmortized(model)
+            >>> fit = fit_svi(model, guide, x, group, y, num_steps=10, progress=False)
+            >>> new_x, new_group = torch.zeros(2), torch.tensor([0, 2])
+            >>> guide.predictive(new_x, new_group, given=(x, group, y), num_samples=100)["y"].shape
+            torch.Size([100, 2])
         """
         self._refuse_uninitialized("predictive")
-        kwargs = model_kwargs or {}
-        replicate = Replicate()(self.model)
+        assert self.plan is not None
 
-        def draw() -> dict[str, Tensor]:
-            guided = poutine.trace(self).get_trace(*args, **kwargs)
-            data = self._discrete_beside(guided, args, kwargs)
-            model = poutine.replay(poutine.condition(replicate, data=data) if data else replicate, trace=guided)
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-            return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+        def guided(known: Known, indices: Mapping[str, Any]) -> Model:
+            return lambda *args, **kwargs: GuidedRun(self, args, kwargs, {}, known=known, indices=indices).sample()
 
+        self._warned.clear()
+        call, informing = (args, model_kwargs or {}), None if given is None else arguments_of(given)
+        for arguments in (call, informing or call):
+            call_of(self, *arguments)
         with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
-            first = draw()
-            if parallel and not self.plan.enumerated:  # type: ignore[union-attr]
-                together = Predictive(replicate, guide=self, num_samples=num_samples, parallel=True)(*args, **kwargs)
-                return {name: together[name].reshape((num_samples, *value.shape)) for name, value in first.items()}
-            draws = [first] + [draw() for _ in range(num_samples - 1)]
-        return {name: torch.stack([values[name] for values in draws]) for name in first}
+            prediction = Prediction(self.model, self.plan, guided, num_samples, parallel)
+            return prediction.draw(call, informing)
 
     def _drawn(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Any], count: int
@@ -279,23 +310,11 @@ class AutoAmortized(AutoGuide):
         found = []
         with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
             for _ in range(count):
-                run = GuidedRun(self, args, kwargs, {})
-                run.reader.looked_up["indices"] = {name: index for name, index in indices.items() if index is not None}
+                run = GuidedRun(self, args, kwargs, {}, indices=indices)
                 values = run.sample()
                 left = self.plan.left_to_model  # type: ignore[union-attr]
                 found.append({n: v for n, v in values.items() if run.plan.turn_of(n)[0] not in left})
         return {name: torch.stack([values[name] for values in found]) for name in found[0]}
-
-    def _discrete_beside(
-        self, guided: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Draws the sites that are summed out, given a run of the guide."""
-        if not self.plan.enumerated:  # type: ignore[union-attr]
-            return {}
-        latents = {name: site["value"] for name, site in guided.iter_stochastic_nodes()}
-        indices = {name: latents.pop(name) for name in list(latents) if site_is_subsample(guided.nodes[name])}
-        draws = {name: value[None] for name, value in latents.items()}
-        return {name: value[0] for name, value in self._discrete(args, kwargs, indices, draws, 1).items()}
 
     def _discrete(
         self,

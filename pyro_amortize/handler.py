@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,10 +19,11 @@ from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
+from pyro_amortize.carried import Known, line_for
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import has_nan, is_index
 from pyro_amortize.plan import AmortizationPlan, Block
@@ -30,12 +32,10 @@ from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plat
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
     PriorWithoutData,
-    can_be_drawn,
     dressed,
     is_enumerated,
     is_improper,
     unconstrained_shape,
-    undressed,
     with_logits,
     without_masks,
 )
@@ -63,24 +63,30 @@ class GuidedRun(Messenger):
         observations: dict[str, Tensor],
         answering: bool = False,
         plan: AmortizationPlan | None = None,
+        known: Known | None = None,
+        indices: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.guide = guide
         self.plan: AmortizationPlan = plan or guide.plan  # type: ignore[assignment]
-        self.call = _call_of(guide, args, kwargs)
+        self.call = call_of(guide, args, kwargs)
         self.model, _ = opened(guide.model)
         self.args, self.kwargs = args, kwargs
-        self.answering = answering
+        self.answering, self.known = answering, known
         self.values: dict[str, Tensor] = {}
         self.found: dict[str, Any] = {}
         self.plates: dict[str, tuple[str, ...]] = {}
         inputs, kind = guide.options["inputs"], type(guide).__name__
         self.reader = Reader(self.model, self.plan, self.call, (args, kwargs), observations, inputs, kind)
+        self.reader.fixed |= {name: index for name, index in (indices or {}).items() if index is not None}
         self._parameters: dict[str, list[Tensor] | None] = {}
         self._with_data: dict[str, Tensor | None] = {}
         self._sizes: dict[str, list[int]] = {}
         self._ahead: dict[str, bool] = {}
         self._exit_after: frozenset[str] | None = None
+        self._without_data: dict[str, Block] = {}
+        self._informed = known is not None and known.informing is not None
+        self._new_rows: dict[str, str] = {}
 
     def sample(self) -> dict[str, Tensor]:
         """Runs the model up to its last latent; returns the values of all latents."""
@@ -91,12 +97,13 @@ class GuidedRun(Messenger):
         if self.reader.needs_looking_up():
             self.reader.look_up()
         self._find_given()
-        self._exit_after = self.guide._exits.get(self._kind_of_call())
+        self._exit_after = None if self._informed else self.guide._exits.get(self._kind_of_call())
         try:
             with self:
                 self.model(*self.args, **self.kwargs)
         except _Done:
             pass
+        self._warn_of_priors()
         if self._exit_after is None:
             self.learn_exit(set(self.values))
         return self.values
@@ -164,6 +171,7 @@ class GuidedRun(Messenger):
         if msg["is_observed"]:
             msg["stop"] = True
             self._refuse_other_turns(name)
+            self._refuse_new_rows(msg)
             self.reader.drawn[name] = msg["value"]
             return
         if name in self._ahead:
@@ -172,6 +180,11 @@ class GuidedRun(Messenger):
         self._leave_markov_scope(msg)
         site, turn = self.plan.turn_of(name)
         block = self.plan.block_of(name)
+        carried = self.known.of(msg, self.reader.indices) if self.known else None
+        if carried is not None and carried[1] is None:
+            msg["value"], msg["infer"] = carried[0], {**msg["infer"], "enumerate": None}
+            msg["stop"] = not self._is_guided(name)
+            return
         if block is None and site not in self.plan.left_to_model:
             msg["stop"] = True
             if is_enumerated(msg):  # its value says nothing but shapes
@@ -187,16 +200,27 @@ class GuidedRun(Messenger):
         if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
             msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out
             msg["value"] = prior_median(msg["fn"]) if self.answering else msg["value"]
+            self._carry(msg, carried)
             return
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q
         if block.is_discrete:
             msg["infer"] = {**msg["infer"], **_enumeration_of(q)}
+        self._carry(msg, carried)
         if self.answering:
             self.found[name] = q
             around = sorted(plates_of([msg]).values(), key=lambda plate: plate.order)
             self.plates[name] = tuple(plate.name for plate in around)
             msg["value"] = typical(q)
+
+    def _carry(self, msg: Any, carried: tuple[Tensor, Tensor | None] | None) -> None:
+        """Draws a latent of which some elements have their values already."""
+        value, marks = carried or (None, None)
+        if value is None or marks is None:
+            return
+        batch = value.shape[: value.dim() - len(msg["fn"].event_shape)]
+        msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, batch))
+        msg["value"] = torch.where(marks, value, msg["fn"]())
 
     def _leave_markov_scope(self, msg: Any) -> None:
         """Takes names that are hidden from outside out of what ``pyro.markov`` tells outer handlers of."""
@@ -224,6 +248,16 @@ class GuidedRun(Messenger):
         sizes = dict(zip(block.plates, self._sizes[block.name], strict=True))
         return all(position < sizes[loop] for loop, position in turn.items())
 
+    def _refuse_new_rows(self, msg: Any) -> None:
+        """Refuses data of elements that have no row in a table, since these are not those of the call that informs."""
+        for plate in (plate for plate in plates_of([msg]) if plate in self._new_rows):
+            site = self._new_rows[plate]
+            raise ValueError(
+                f"{type(self.guide).__name__}: '{site}' has a table, which cannot answer for the new elements of plate "
+                f"'{plate}', but this call has data of them, at site '{msg['name']}'. Leave these out, or use an "
+                f"encoder: AutoAmortizedNormal(model, encoder={{'{site}': MLP()}})."
+            )
+
     def _refuse_other_turns(self, name: str) -> None:
         """Refuses data of turns of a loop before the first that is known, or of more than a table has rows for."""
         site, turn = self.plan.turn_of(name)
@@ -249,8 +283,8 @@ class GuidedRun(Messenger):
             msg["value"] = self.guide.master().plates[name].indices
             msg["stop"] = True
             self.reader.indices[name] = msg["value"]
-        elif msg["value"] is None and name in self.reader.looked_up.get("indices", {}):
-            msg["value"] = self.reader.looked_up["indices"][name]
+        elif msg["value"] is None:
+            msg["value"] = {**self.reader.looked_up.get("indices", {}), **self.reader.fixed}.get(name)
 
     # From data to distributions.
 
@@ -261,6 +295,9 @@ class GuidedRun(Messenger):
         around = plates_of([msg])
         _, turn = self.plan.turn_of(msg["name"])
         plates = {name: around[name] for name in block.plates if name not in turn}
+        if self._informed and block.plates and not block.amortized:
+            self._new_rows |= dict.fromkeys(block.plates, block.sites[0])
+            return None
         coder = self.guide.coder_of(block)
         seen = plates.get(block.reach.plate) if block.reach else None
         if seen is not None and seen.size < seen.full_size:
@@ -280,6 +317,7 @@ class GuidedRun(Messenger):
             ]
         elif parameters is None:
             self._refuse_missing(block)
+            self._note_missing(block, plates)
         if self.answering and parameters is not None:
             parameters = [values.detach() for values in parameters]
             if any(has_nan(values) for values in parameters):
@@ -395,6 +433,39 @@ class GuidedRun(Messenger):
                 f"by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
             )
 
+    def _note_missing(self, block: Block, plates: dict[str, Plate]) -> None:
+        """Notes a block without its data, unless its elements are new ones by their number, which should have none."""
+        linked = any(level.link and level.link.to in plates for level in block.levels)
+        as_planned = all(plate.full_size == self.plan.plates[name] for name, plate in plates.items())
+        if self._partly_there(block) or (not self._informed and (linked or as_planned)):
+            self._without_data[block.name] = block
+
+    def _partly_there(self, block: Block) -> bool:
+        """Whether this call holds some of the observations that inform a block, but not all."""
+        feeding = {s.name for s in block.sources if s.feeds is not None and s.axes is not None}
+        return len({self.call.leaves.get(name) is None for name in feeding}) > 1
+
+    def _warn_of_priors(self) -> None:
+        """Warns, once a kind of call, of latents that training informed, and that this call does not."""
+        key = (self._kind_of_call(), self._informed, *self._without_data)
+        if not self._without_data or key in self.guide._warned:
+            return
+        self.guide._warned.add(key)
+        blocks = self._without_data.values()
+        sites = ", ".join(f"'{site}'" for block in blocks for site in block.sites)
+        sources = [source for block in blocks for source in block.sources if not source.drawn]
+        missing = dict.fromkeys(f"'{s.name}'" for s in sources if self.call.leaves.get(s.name) is None)
+        if any(map(self._partly_there, blocks)):
+            what, advice = "not all data that inform {} are in this call", "Pass them."
+        else:
+            what = "no data of this call inform {}, though they did in training"
+            advice = f"For the posterior, and to predict other rows than those that inform: {line_for(self.call)}."
+        warnings.warn(
+            f"{type(self.guide).__name__}: {what.format(sites)}. Without {', '.join(missing)}, draws are from the "
+            f"prior, given the latents above. {advice}",
+            stacklevel=2,
+        )
+
     def _index(self, block: Block, plates: dict[str, Plate]) -> Tensor:
         """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
         index = torch.zeros(1, dtype=torch.long)
@@ -454,7 +525,7 @@ class GuidedRun(Messenger):
         return PriorWithoutData(marks, prior.expand(q.batch_shape), q)
 
 
-def _call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Returns the arguments of a call by name; refuses one without data, which suffices for Pyro's own guides."""
     signature = guide.signature or signature_of(guide.model)
     try:
@@ -464,20 +535,6 @@ def _call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"{type(guide).__name__}: {error}. Its answers are for given data: guide(...), guide.median, "
             f"guide.quantiles and guide.posterior take the model's arguments, {signature}."
         ) from None
-
-
-class Replicate(Messenger):
-    """Draws observed sites anew; keeps deterministic sites and factors."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
-            if not can_be_drawn(msg["fn"]):
-                kind = type(undressed(msg["fn"])).__name__
-                raise NotImplementedError(
-                    f"predictive: site '{msg['name']}' cannot be drawn: its {kind} has a density only. Give it a "
-                    f"method sample(sample_shape), or draw the latents alone: guide.posterior(...).sample((1000,))."
-                )
-            msg["is_observed"], msg["value"] = False, None
 
 
 def _even(block: Block) -> Any:

@@ -12,13 +12,11 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.compare import Comparison
-from pyro_amortize.densities import Subsample, covering
 from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.fit import SVIFit
 from pyro_amortize.gap import GapReport
@@ -28,6 +26,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.pointwise import Pointwise, batch_of
 from pyro_amortize.posterior import Posterior
 from pyro_amortize.structure import Plate, plates_of
+from pyro_amortize.subsamples import Subsample, covering, walked
 
 NUM_DRAWS = 1000
 LEAD = ("chain", "draw")
@@ -176,7 +175,7 @@ def _of_mcmc(fit: MCMCFit, num_samples: int | None) -> Groups:
 def _of_guide(guide: Any, call: _Call, num_samples: int | None, given: Collection[str] = ()) -> Groups:
     num_draws = num_samples or NUM_DRAWS
     with _undisturbed(call.model, guide):
-        plate = _subsampled(guide, call)
+        plate = _subsampled(call)
         if plate is None and isinstance(guide, AutoAmortized):
             draws = guide.posterior(*call.args, **call.kwargs).sample((num_draws,))
             return _of_model(call, _as_a_chain(draws), given)
@@ -286,50 +285,15 @@ def _traced(guide: Any, call: _Call, num_draws: int, shared: dict[str, Tensor]) 
     return {name: torch.stack([values[name] for values in draws]) for name in draws[0]}
 
 
-class _IndicesDrawn(Messenger):
-    """Notes the plates that draw their elements; those of others were given to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plates: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            self.plates.add(msg["name"])
-
-
-def _subsampled(guide: Any, call: _Call) -> Plate | None:
-    """Returns the plate of which the model picks elements at random; one that takes its arguments as they are has none.
-
-    The latter shows the same observations whichever elements it is told to have.
-    """
-    drawn = _IndicesDrawn()
-    sites = _sites(guide, call, drawn)
-    sizes = plates_of(sites).values()
-    plates = [plate for plate in sizes if plate.size < plate.full_size and plate.name in drawn.plates]
-    picked = []
-    for plate in plates:
-        seen = []
-        for indices in (torch.arange(plate.size), torch.arange(plate.full_size)[-plate.size :]):
-            with Subsample(plate.name, indices):
-                inside = [site for site in _sites(guide, call) if plate.name in plates_of([site])]
-            seen.append([torch.as_tensor(site["value"]).nan_to_num() for site in inside if site["is_observed"]])
-        if not seen[0] or not all(map(torch.equal, *seen)):
-            picked.append(plate)
+def _subsampled(call: _Call) -> Plate | None:
+    """Returns the plate of which the model picks elements at random."""
+    picked = walked(call.model, call.args, call.kwargs)
     if len(picked) > 1:
         raise NotImplementedError(
             f"to_arviz: the model subsamples plates '{picked[0].name}' and '{picked[1].name}'; only one can be walked "
             f"through. Leave subsampling to fit_svi(..., batch_size=...), or pass to_arviz(guide.posterior(...))."
         )
     return picked[0] if picked else None
-
-
-def _sites(guide: Any, call: _Call, handler: Any = None) -> list[Any]:
-    """Returns the sample sites of one run of the model, given one of the guide."""
-    model = handler(call.model) if handler else call.model
-    guided = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
-    nodes = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*call.args, **call.kwargs).nodes
-    return [site for site in nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
 
 
 def _of_model(

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Recorded
-from pyro_amortize.densities import Evaluation, Subsample, covering, scale_of
+from pyro_amortize.densities import Evaluation, scale_of
 from pyro_amortize.enumeration import side_by_side
 from pyro_amortize.minibatch import Minibatches, exact_minibatches
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.subsamples import Subsample, covering
 from pyro_amortize.supports import is_fixed
 
 PRIOR_DRAWS = 64

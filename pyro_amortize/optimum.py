@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import Subsample, covering, enumerated_sites, log_densities
+from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.encoders import Table
 from pyro_amortize.enumeration import CHUNK
 from pyro_amortize.fit import NUM_DRAWS, SVIFit, seeded
@@ -27,6 +27,7 @@ from pyro_amortize.planner import plan_beside
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.reference import held_globals, local_sites, site_answers, write_rows
 from pyro_amortize.steps import Options, guide_parameters
+from pyro_amortize.subsamples import Subsample, covering
 
 TOLERANCE = 0.01
 """Nats a datum: what is gained between two looks below which the search of a datum stops."""

@@ -57,6 +57,7 @@ class Block:
         levels: The data of the inputs by the plates that they have, and their ways to the block's own level, the last.
         rows: Elements of the plates together, as the table has them.
         exact_prior: Whether elements without data have the prior as their posterior, given the latents above them.
+        couples: Plates along which one element moves the densities of others.
         chain: The loop along which that is so only after the last datum, since each element depends on the one before.
         reach: How far the encoder sees beside an element's own data.
         logits: For each discrete site the shape of the logits behind one entry of its value; None for others.
@@ -78,6 +79,7 @@ class Block:
     rows: int
     exact_prior: bool = True
     chain: str | None = None
+    couples: tuple[str, ...] = ()
     reach: Reach | None = None
     logits: tuple[tuple[int, ...] | None, ...] = ()
     distribution: str | None = None

@@ -435,6 +435,7 @@ class _Planner:
             rows=math.prod(self.facts.plates[plate].full_size for plate in sites[0].plates),
             exact_prior=coupled <= set(chains) and not any(s.children.intersection(names) for s in self.enumerated),
             chain=next((plate for plate in chains if plate in coupled), None),
+            couples=tuple(plate for plate in sites[0].plates if plate in coupled),
             reach=reach,
             logits=tuple(site.logits for site in sites),
             distribution=sites[0].distribution,

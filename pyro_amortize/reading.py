@@ -137,6 +137,7 @@ class Reader:
         self.model, self.plan, self.call, self.arguments = model, plan, call, arguments
         self.observations, self.inputs, self.kind = observations, inputs, kind
         self.indices: dict[str, Any] = {}
+        self.fixed: dict[str, Any] = {}
         self.drawn: dict[str, Tensor] = {}
         self.looked_up: dict[str, Any] = {}
         self.made: dict[str, Tensor] = {}
@@ -158,6 +159,7 @@ class Reader:
             raise Uncapturable("data or masks reach the guide through no argument of the model: pass them as arguments")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         held = HeldRun(self.model, self.call, self.plan.families, self.plan.loops)
+        held.indices |= self.fixed
         with preserved(self.model, evaluating=True):
             nodes = held.run(seed=seed)
         self.looked_up = {"sites": nodes, "indices": held.indices}

@@ -16,7 +16,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.calls import Model
-from pyro_amortize.densities import Subsample, covering
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized, guide_apart
@@ -25,6 +24,7 @@ from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.steps import Optimizer, Options
 from pyro_amortize.structure import Plate, plates_of
+from pyro_amortize.subsamples import Subsample, covering
 from pyro_amortize.supports import bijection, is_delta, support_of
 
 

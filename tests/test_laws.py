@@ -402,15 +402,16 @@ def test_minibatches_of_a_loader_and_a_smaller_last_batch():
 def test_predictive(name):
     case, model, guide, args, kwargs = built(name)
     guided = poutine.trace(guide).get_trace(*args, **kwargs)
+    whole = poutine.trace(guide).get_trace(*args, **kwargs, **({"size": None} if case.own_subsample else {}))
     improper = name == "improper_global"  # from which Pyro would have to draw
     for parallel in (False, True) if case.vectorizable and not improper else (False,):
         results = [guide.predictive(*args, num_samples=4, parallel=parallel, model_kwargs=kwargs)]
         if not improper:
             results.append(Predictive(model, guide=guide, num_samples=4, parallel=parallel)(*args, **kwargs))
         for site in case.latents:
-            assert results[0][site].shape == (4, *guided.nodes[site]["value"].shape)
-            for draws in results:
-                assert draws[site].numel() == results[0][site].numel()
+            assert results[0][site].shape == (4, *whole.nodes[site]["value"].shape)
+            for draws, trace in zip(results, (whole, guided), strict=False):
+                assert draws[site].numel() == 4 * trace.nodes[site]["value"].numel()
                 assert len(draws[site].unique(dim=0)) == (1 if site == "delta" else 4)
 
 
