@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
+from pyro_amortize.missing import refuse_nan
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
 from pyro_amortize.subsamples import Subsample, covering
@@ -163,6 +164,7 @@ class Evaluation:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+        refuse_nan(replayed.nodes.values(), "log_densities")
         self.shapes = {name: site["value"].shape for name, site in trace.nodes.items() if site["type"] == "sample"}
         self.batches = {
             name: site["fn"].batch_shape

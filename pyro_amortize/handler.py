@@ -25,7 +25,8 @@ from torch import Tensor
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Known, line_for
 from pyro_amortize.encoders import Heads, Rows, in_pieces
-from pyro_amortize.held import has_nan, is_index
+from pyro_amortize.held import is_index
+from pyro_amortize.missing import has_nan
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import LIMIT, prior_median, typical
 from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plate

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.loops import merged, split
+from pyro_amortize.missing import refuse_nan
 from pyro_amortize.structure import Family, Plate
 from pyro_amortize.supports import generic_value, support_of, undressed
 
@@ -63,9 +64,8 @@ class HeldRun(Messenger):
         with torch.no_grad(), poutine.block(), under or nullcontext(), self:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         trace = prune_subsample_sites(trace)
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and site["is_observed"]:
-                _refuse_nan(name, site)
+        if not self.sites:
+            refuse_nan(trace.nodes.values(), "plan_amortization", self.call.tensors)
         with torch.no_grad():
             trace.compute_log_prob()
             self.sites = merged(trace.nodes, self.families, self.loops)
@@ -101,26 +101,6 @@ def site_cells(value: Tensor, event_dim: int, plates: Sequence[Plate]) -> Tensor
 def is_index(value: Any) -> bool:
     """Tells whether the value of a plate's own site says which elements are present."""
     return not isinstance(value, Tensor) or (value.dim() == 1 and not value.is_floating_point())
-
-
-def has_nan(value: Tensor) -> bool:
-    """Tells whether a tensor holds NaN."""
-    if not value.is_floating_point() or not bool(value.sum().isnan()):  # a quick look; infinities may cancel to NaN too
-        return False
-    return bool(value.isnan().any())
-
-
-def _refuse_nan(name: str, site: Any) -> None:
-    value, event_dim = site["value"], len(site["fn"].event_shape)
-    if not has_nan(value) or site["mask"] is False or site["infer"].get("_deterministic"):
-        return
-    holes = value.isnan().flatten(value.dim() - event_dim).any(-1) if event_dim else value.isnan()
-    mask = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
-    if bool((holes & mask).any()):
-        raise ValueError(
-            f"plan_amortization: the values observed at site '{name}' hold NaN that no mask covers, so its density "
-            f"is NaN. Mask them: 'with poutine.mask(mask=~y.isnan()): pyro.sample({name!r}, ..., obs=y.nan_to_num())'."
-        )
 
 
 def kind_of(fn: Any) -> tuple[str, int]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pyro_amortize.calls import is_recorded
 from pyro_amortize.encoders import joined
-from pyro_amortize.held import has_nan
 from pyro_amortize.levels import Level
+from pyro_amortize.missing import has_nan
 from pyro_amortize.structure import Source
 
 Prepare = str | None | Callable[[Tensor], Tensor]
@@ -65,8 +65,9 @@ class Inputs(nn.Module):
             return torch.nan_to_num(features, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         plain = []
         for (value, present), source in zip(rows, self.sources, strict=True):
-            flat = _flat(value, source).to(dtype)
-            plain.append(flat if present is None else torch.where(_flat(present, source), flat, 0.0))
+            flat = _flat(value, source)
+            lacking = _lacking(flat, present, source, looks)
+            plain.append((flat if lacking is None else torch.where(lacking, 0, flat)).to(dtype))
         features = joined(plain)
         if self.prepare is None:
             return features
@@ -95,15 +96,7 @@ class Inputs(nn.Module):
         columns = []
         for (value, present), source in zip(rows, self.sources, strict=True):
             flat = _flat(value, source)
-            lacking = None
-            if source.missing:
-                lacking = flat.isnan() if present is None else flat.isnan() | ~_flat(present, source)
-            elif (looks or source.kind == "category") and not is_recorded() and has_nan(flat):
-                raise ValueError(
-                    f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
-                    f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
-                    f"under a mask, or fill them: {source.name}.nan_to_num()."
-                )
+            lacking = _lacking(flat, present, source, looks or source.kind == "category")
             if source.kind == "category":
                 known = (flat if lacking is None else torch.where(lacking, -1, flat)).long()
                 here = known[..., None] == torch.arange(source.categories, device=flat.device)
@@ -214,6 +207,19 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Ten
                 f"{source.name}[:{now.size}]."
             )
     return cells
+
+
+def _lacking(flat: Tensor, present: Tensor | None, source: Source, looks: bool) -> Tensor | None:
+    """Returns which numbers of flattened cells are missing, NaN or under a mask; None where none can be."""
+    if source.missing:
+        return flat.isnan() if present is None else flat.isnan() | ~_flat(present, source)
+    if looks and not is_recorded() and has_nan(flat):
+        raise ValueError(
+            f"AutoAmortized: '{source.name}' holds NaN, but the data that the guide was initialized with held "
+            f"none, so the guide has no column to mark them. Initialize a new guide with data that hold NaN "
+            f"under a mask, or fill them: {source.name}.nan_to_num()."
+        )
+    return None
 
 
 def _flat(value: Tensor, source: Source) -> Tensor:

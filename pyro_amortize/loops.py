@@ -16,8 +16,9 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_amortize.missing import present_entries
 from pyro_amortize.structure import Family, Plate
-from pyro_amortize.supports import site_mask, support_of, without_masks
+from pyro_amortize.supports import support_of, without_masks
 
 Numbers = tuple[int, ...]
 
@@ -265,7 +266,7 @@ class _Grid:
             "example": example,
             "members": {name: (index[name], s["value"].shape) for name, s in mine.items()},
         }
-        masks = {name: site_mask(s) for name, s in mine.items()}
+        masks = {name: present_entries(s) for name, s in mine.items()}
         if len(turns) < math.prod(sizes) or any(mask is not None for mask in masks.values()):
             entries = {n: torch.ones_like(s["value"], dtype=torch.bool) for n, s in mine.items()}
             entries |= {n: mask.expand(entries[n].shape) for n, mask in masks.items() if mask is not None}

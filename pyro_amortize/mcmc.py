@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_amortize import arviz_bridge
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Uncapturable
+from pyro_amortize.missing import refuse_nan
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
@@ -321,6 +322,7 @@ def _all_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     """Returns the sample sites of a model; refuses plates that subsample."""
     with poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
+    refuse_nan(trace.nodes.values(), "run_mcmc")
     for name, site in trace.nodes.items():
         for frame in site["cond_indep_stack"] if site["type"] == "sample" else ():
             if frame.full_size is not None and int(frame.size) < int(frame.full_size):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, side_by_side
+from pyro_amortize.missing import refuse_nan
 from pyro_amortize.structure import plates_of
 from pyro_amortize.supports import is_enumerated
 
@@ -52,6 +53,7 @@ class Pointwise:
     ) -> None:
         self.model, self.args, self.kwargs, self.values = model, args, kwargs, values
         sites = self._sites({name: value[0] for name, value in values.items()}, None)
+        refuse_nan(sites.values(), "to_arviz")
         self.latents = {name: site for name, site in sites.items() if not site["is_observed"]}
         self.observed = {name: site for name, site in sites.items() if _is_data(site)}
         self.nesting = max((-plate.dim for plate in plates_of(sites.values()).values()), default=0)

@@ -15,11 +15,11 @@ from pyro_amortize.encoders import Heads, gathered
 from pyro_amortize.held import HeldRun, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
+from pyro_amortize.missing import present_entries
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, handed_on
 from pyro_amortize.structure import Link, Plate, Source, plates_of
-from pyro_amortize.supports import site_mask
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class Reader:
         source = self.plan.masks[site]
         if source is None:
             node = self.looked_up["sites"].get(site)
-            mask = None if node is None else site_mask(node)
+            mask = None if node is None else present_entries(node)
             if mask is None:
                 return None
             frames = sorted(node["cond_indep_stack"], key=lambda frame: frame.dim)
@@ -301,7 +301,8 @@ class Reader:
                 return None
             cells = pick_cells(source, value, plates)
         cells = _narrowed(cells, source.plates, 0, piece)
-        cells = cells if cells.dtype == torch.bool else ~cells.isnan()
+        if cells.dtype != torch.bool:
+            cells = ~cells.isnan() if source.feeds == site else cells != 0
         return cells, replace(source, shape=tuple(cells.shape[len(source.plates) :]))
 
     def _source_marks(

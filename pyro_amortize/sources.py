@@ -9,10 +9,10 @@ import torch
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyro_amortize.held import has_nan, kind_of, site_cells
+from pyro_amortize.held import kind_of, site_cells
+from pyro_amortize.missing import has_nan, present_entries, takes_nan
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Plate, Source
-from pyro_amortize.supports import site_mask
 
 
 @dataclass(frozen=True)
@@ -312,27 +312,40 @@ class SourceProbes:
     def mask(self, name: str, sources: list[Source]) -> str | None:
         """Finds where an observed site's mask stands: in an argument, in an argument's NaN, or only in the model."""
         site = self.probes.factors[name]
-        mask = site_mask(site)
-        if mask is None:
+        if present_entries(site) is None and not takes_nan(site):
             return None
-        plates = self.probes.frames(name)
-        mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
-        for source in sources:
-            if source.axes is None or source.plates != tuple(plate.name for plate in plates):
-                continue
-            leaf = self.probes.held.call.tensors[source.name]
-            if leaf.dtype != torch.bool and not (source.feeds == name and has_nan(leaf)):
-                continue
-            leaf = self._picked(leaf, source.axes, source.through)
-            cells = self.probes.cells(leaf if leaf.dtype == torch.bool else ~leaf.isnan(), source.axes, tuple(plates))
-            if cells is not None and cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask):
-                return source.name
-        return ""
+        plates = tuple(self.probes.frames(name))
+        beside = (s for s in sources if s.axes is not None and s.plates == tuple(plate.name for plate in plates))
+        return next((source.name for source in beside if self._is_mask(name, source, plates)), "")
+
+    def _is_mask(self, name: str, source: Source, plates: tuple[Plate, ...]) -> bool:
+        """Tells whether a site's mask is a source, as it stands and changed: its truth, or where its data are NaN."""
+        leaf = self.probes.held.call.tensors[source.name]
+        truth = source.feeds != name
+        if not (bool(((leaf == 0) | (leaf == 1)).all()) if truth else leaf.is_floating_point()):
+            return False
+        torch.manual_seed(3)
+        some = torch.rand(leaf.shape) < 0.5
+        changed = torch.where(some.to(leaf.device), torch.zeros_like(leaf) if truth else torch.nan, leaf)
+        for value in (leaf, changed):
+            if value is changed and self.probes.changed(leaves={source.name: value}) is None:
+                return False
+            site = self.probes.factors[name] if value is leaf else self.probes.last[name]
+            mask = present_entries(site)
+            there = self._picked(value != 0 if truth else ~value.isnan(), source.axes or (), source.through)
+            cells = self.probes.cells(there, source.axes or (), plates)
+            if cells is None or (mask is None and not bool(cells.all())):
+                return False
+            if mask is not None:
+                mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
+                if cells.numel() != mask.numel() or not torch.equal(cells.reshape(mask.shape), mask):
+                    return False
+        return True
 
     def is_masked_by_cell(self, source: Source) -> bool:
         """Changes an argument where the mask of the site that it enters covers it; tells whether nothing moves."""
         (name,) = source.reaches if len(source.reaches) == 1 else (None,)
-        mask = None if name is None or source.axes is None else site_mask(self.probes.factors[name])
+        mask = None if name is None or source.axes is None else present_entries(self.probes.factors[name])
         if mask is None or source.feeds == name or any(source.through):
             return False
         leaf = self.probes.held.call.tensors[source.name]  # type: ignore[index]

@@ -214,8 +214,8 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
 class PriorWithoutData(dist.MaskedMixture):
     """A guide's distribution at elements that have data, and at others the prior, from which it does not diverge.
 
-    Draws of the prior need no gradients: nothing but their density depends on them, which the model's own cancels. So
-    the guide's draws keep theirs where the prior has none to give.
+    Draws of the prior have no gradients: nothing but their density depends on them, which the model's own cancels. So
+    q keeps its gradients where the prior has none to give, and NaN under a mask sends none back.
     """
 
     @property
@@ -223,11 +223,9 @@ class PriorWithoutData(dist.MaskedMixture):
         return bool(self.component1.has_rsample)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        prior = self.component0.rsample if self.component0.has_rsample else self.component0.sample
-        own = self.component1.rsample(shape)
+        own = self.component1.rsample(torch.Size(sample_shape))
         mask = self.mask.reshape(self.mask.shape + (1,) * self.event_dim)
-        return torch.where(mask, own, prior(shape))
+        return torch.where(mask, own, self.component0.sample(torch.Size(sample_shape)))
 
 
 @register_kl(PriorWithoutData, torch.distributions.Distribution)  # type: ignore[untyped-decorator]
@@ -245,10 +243,10 @@ def without_masks(fn: Any) -> Any:
 
 
 def site_mask(site: Any) -> Tensor | None:
-    """Returns which entries of a site count, shape of its value; None if all do."""
+    """Returns which entries of a site no mask covers, shape of its value; None if none is covered."""
     if "entries" in site:  # merged from the sites of a loop
         return site["entries"]  # type: ignore[no-any-return]
-    value, fn = site["value"], site["fn"]
+    value, fn = torch.as_tensor(site["value"]), site["fn"]
     masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
     while hasattr(fn, "base_dist"):
         if isinstance(fn, dist.MaskedDistribution):

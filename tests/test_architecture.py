@@ -22,6 +22,7 @@ ORDER = [
         "families",
         "registration",
     },
+    {"missing"},
     {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture", "subsamples"},
     {"elbos", "nuts", "draws"},
     {"held", "elements"},

@@ -93,7 +93,7 @@ def test_numpy_arrays(ask, args, argument):
 def test_nan_that_no_mask_covers():
     x = X.clone()
     x[3] = torch.nan
-    with refuses(ValueError, r"site 'x' hold NaN that no mask covers.*poutine.mask\(mask=.*obs=y.nan_to_num\(\)"):
+    with refuses(ValueError, r"site 'x' hold NaN that no mask covers.*poutine.mask\(mask=.*obs=x.nan_to_num\(\)"):
         plan_amortization(local, x)
 
 

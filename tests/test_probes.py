@@ -206,7 +206,7 @@ def test_rows_that_hold_nan_under_a_mask():
 
     x = torch.randn(9)
     assert facts(lambda x: local(x, lambda z, i: z), x).sites["x"].mask is None
-    assert facts(model, x).sites["x"].mask == ""  # all are there: only a run of the model tells of other data
+    assert facts(model, x).sites["x"].mask == "x"  # all are there, but others need not be
     found = facts(model, torch.where(x > 0.5, torch.nan, x))
     assert found.sites["x"].mask == "x"
     assert found.sources[0].missing
