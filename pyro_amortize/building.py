@@ -84,7 +84,10 @@ class Builder:
         for key, value in encoder.items() if isinstance(encoder, dict) else ():
             block = plan.block_of(key) or next((b for b in plan.blocks if is_of(key, b.plates) and b.amortized), None)
             if not isinstance(value, Table) and (block is None or not block.amortized):
-                why = f"no rows of data inform '{key}'. Leave it out: it has a table"
+                mine = block or next((b for b in plan.blocks if is_of(key, b.plates)), None)
+                why = f"no data depend on '{key}', so that its posterior is its prior. Leave it out"
+                if mine is not None and mine.remedy:
+                    why = f"{mine.remedy}; left out, it has a table"
                 if key in plan.observed:
                     why = f"'{key}' is observed in this call. Initialize the guide by a call in which it is a latent"
                 raise ValueError(f"{self.kind}: encoder={{'{key}': ...}}, but {why}.")

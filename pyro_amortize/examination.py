@@ -138,6 +138,7 @@ def _structure(probes: Probes) -> Structure:
     links = tuple(probes.links)
     families = probes.families
     facts = Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
+    facts = replace(facts, parameters=tuple(probes.held.call.parameters), carried=data.carried())
     return _with_elements(facts, latents)
 
 

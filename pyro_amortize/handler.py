@@ -84,6 +84,7 @@ class GuidedRun(Messenger):
         self._with_data: dict[str, Tensor | None] = {}
         self._sizes: dict[str, list[int]] = {}
         self._ahead: dict[str, bool] = {}
+        self._at_random: set[str] = set()
         self._exit_after: frozenset[str] | None = None
         self._without_data: dict[str, Block] = {}
         self._informed = known is not None and known.informing is not None
@@ -286,6 +287,14 @@ class GuidedRun(Messenger):
             self.reader.indices[name] = msg["value"]
         elif msg["value"] is None:
             msg["value"] = {**self.reader.looked_up.get("indices", {}), **self.reader.fixed}.get(name)
+        if msg["value"] is None:
+            draw = msg["fn"].sample
+
+            def noted(*args: Any, **kwargs: Any) -> Any:  # called unless a handler outside says which elements
+                self._at_random.add(name)
+                return draw(*args, **kwargs)
+
+            msg["fn"].sample = noted
 
     # From data to distributions.
 
@@ -478,14 +487,25 @@ class GuidedRun(Messenger):
                 if present != full_size:
                     raise ValueError(
                         f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
-                        f"{full_size} elements of plate '{name}', but this call has {present}. "
-                        f"A table cannot answer for new rows; use an encoder: "
-                        f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': MLP()}})."
+                        f"{full_size} elements of plate '{name}', but this call has {present}. A table cannot answer "
+                        f"for new rows; {block.remedy}."
                     )
+                self._refuse_unknown_rows(block, plates[name])
                 ids = self.reader.indices.get(name)
             ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
+
+    def _refuse_unknown_rows(self, block: Block, plate: Plate) -> None:
+        """Refuses a minibatch of the rows of a table that an argument holds, where the plate drew its indices."""
+        for name, axis in self.plan.rows.get(plate.name, {}).items() if plate.name in self._at_random else ():
+            rows = self.call.leaves.get(name)
+            if isinstance(rows, Tensor) and rows.dim() > axis and rows.shape[axis] == plate.size < plate.full_size:
+                raise ValueError(
+                    f"{type(self.guide).__name__}: '{block.sites[0]}' has a table, but which rows of plate "
+                    f"'{plate.name}' the minibatch '{name}' holds is not said: the plate draws indices of its own. Say "
+                    f"it, pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or {block.remedy}."
+                )
 
     def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""

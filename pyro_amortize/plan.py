@@ -62,6 +62,7 @@ class Block:
         reach: How far the encoder sees beside an element's own data.
         logits: For each discrete site the shape of the logits behind one entry of its value; None for others.
         distribution: The name of the distribution of a discrete site.
+        remedy: What to write so that elements of a table have an encoder.
         constant: Whether that is ``Constant()``, one row of parameters for all elements, whatever their data.
     """
 
@@ -84,6 +85,7 @@ class Block:
     logits: tuple[tuple[int, ...] | None, ...] = ()
     distribution: str | None = None
     constant: bool = False
+    remedy: str = ""
 
     @property
     def key(self) -> str:
@@ -122,6 +124,7 @@ class AmortizationPlan:
         foreign: Latents that the model hides from the guide, for another to sample.
         families: Sites that are numbered by loops, ``z_0``, ``z_1``, ...; all else here names a family, ``z_*``.
         loops: The number of the first turn of each loop.
+        rows: For each plate the arguments that have an axis for it.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
         enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
     """
@@ -138,6 +141,7 @@ class AmortizationPlan:
     enumerated: tuple[str, ...] = ()
     families: tuple[Family, ...] = ()
     loops: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
         """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""

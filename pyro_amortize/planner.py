@@ -16,6 +16,7 @@ from pyro_amortize.examination import examine
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
+from pyro_amortize.remedies import fitting_axes, instead_of_table
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, one_answer, overall, related_to
 
@@ -173,7 +174,13 @@ class _Planner:
             tuple(site.name for site in self.enumerated),
             self.facts.families,
             {name: plate.first for name, plate in self.facts.plates.items() if plate.first is not None},
+            {name: self._rows_of(name) for name in self.facts.plates},
         )
+
+    def _rows_of(self, plate: str) -> dict[str, int]:
+        """Returns the arguments that have an axis for a plate, and which."""
+        found = [source for source in self.facts.sources if source.axes is not None and plate in source.plates]
+        return {source.name: source.axes[source.plates.index(plate)] for source in found}  # type: ignore[index]
 
     # Which latents are local.
 
@@ -272,7 +279,7 @@ class _Planner:
         found += drawn if chosen is not None else [*drawn, *self._indices(target, together, rows)]
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
-            self._refuse_dataless(sites[0])
+            self._refuse_dataless(sites[0], chosen)
         return levels, complete
 
     def _whole(self, source: Source, target: tuple[str, ...], together: dict[str, Site]) -> Source:
@@ -363,12 +370,9 @@ class _Planner:
         for source in self.facts.sources:
             if name in (source.name, source.feeds):
                 return source
-        shape, axes = self.facts.shapes.get(name, ()), list[int]()
+        shape, axes = self.facts.shapes.get(name, ()), fitting_axes(name, target, self.facts)
         plates = [self.facts.plates[plate] for plate in target]
-        for plate in plates:
-            lengths = (plate.size, plate.full_size)
-            axes += [next((i for i, n in enumerate(shape) if n in lengths and i not in axes), -1)]
-        if not shape or -1 in axes:
+        if axes is None:
             known = [source.name for source in self.sources] or list(self.facts.shapes)
             sizes = " and ".join(f"{plate.size} rows for plate '{plate.name}'" for plate in plates)
             raise ValueError(
@@ -378,7 +382,7 @@ class _Planner:
         indexed = {p.name for p, axis in zip(plates, axes, strict=True) if shape[axis] == p.full_size > p.size}
         rest = tuple(size for i, size in enumerate(shape) if i not in axes)
         dims = tuple(plate.dim for plate in plates)
-        return Source(name, target, tuple(axes), dims, rest, related, indexed=frozenset(indexed))
+        return Source(name, target, axes, dims, rest, related, indexed=frozenset(indexed))
 
     def _reach(self, name: str, sites: list[Site]) -> Reach | None:
         """Returns how far the encoder of a block sees beside an element's own data."""
@@ -440,6 +444,7 @@ class _Planner:
             logits=tuple(site.logits for site in sites),
             distribution=sites[0].distribution,
             constant=constant,
+            remedy=instead_of_table(sites[0], self.facts, sites[0].name in self.locals) if sites[0].plates else "",
         )
 
     # What cannot be.
@@ -488,11 +493,19 @@ class _Planner:
                 raise ValueError(
                     f"plan_amortization: '{site.name}' has a table, but which rows of plate '{plate.name}' the "
                     f"minibatch '{given[0]}' holds is not said: the plate draws indices of its own. Say it, "
-                    f"pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or use an encoder."
+                    f"pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or "
+                    f"{instead_of_table(site, self.facts, site.name in self.locals)}."
                 )
 
-    def _refuse_dataless(self, site: Site) -> None:
+    def _refuse_dataless(self, site: Site, chosen: Any) -> None:
         facts = self.facts
+        if chosen is not None:
+            sizes = ", ".join(str(facts.plates[plate].size) for plate in site.plates)
+            raise ValueError(
+                f"plan_amortization: inputs={{'{site.name}': {chosen!r}}}, but that has no row for each element of "
+                f"'{site.name}' (plate '{'/'.join(site.plates)}'). Give a function f of the model's arguments that "
+                f"returns shape ({sizes}, ...): inputs={{'{site.name}': f}}."
+            )
         plate = facts.plates[site.plates[-1]] if site.plates else None
         size = plate.size if plate else 0
         same = [argument for argument in facts.indistinct if size in facts.shapes[argument]]
@@ -503,7 +516,8 @@ class _Planner:
             if size == 1
             else "no argument was found whose rows enter the densities one by one"
         )
-        what = same[0] if same else next(iter(facts.shapes), "x")
+        fitting = [name for name, shape in facts.shapes.items() if size in shape]
+        what = [*same, *fitting, *facts.shapes, "x"][0]
         where = f" in plate '{plate.name}'" if plate else ""
         key = plate.name if plate else site.name
         raise ValueError(

@@ -282,8 +282,16 @@ class SourceProbes:
         return 0 < int((distance > 1e-4 * distance.max()).sum()) <= 2
 
     def _is_argument(self, name: str) -> bool:
-        value = self.probes.factors[name]["value"].flatten()
-        return any(torch.equal(value, leaf.flatten()) for leaf in self.probes.held.call.tensors.values())
+        return any(name in sites for sites in self.carried().values())
+
+    def carried(self) -> dict[str, frozenset[str]]:
+        """Returns the arguments that are the values of observed sites, whatever their shape, and of which."""
+        values = {n: s["value"].flatten() for n, s in self.probes.factors.items() if s["is_observed"]}
+        found = {
+            argument: frozenset(name for name, value in values.items() if torch.equal(value, leaf.flatten()))
+            for argument, leaf in self.probes.held.call.tensors.items()
+        }
+        return {argument: sites for argument, sites in found.items() if sites}
 
     def _feeds_equal_rows(self, leaf: Tensor, name: str) -> bool:
         value = self.probes.factors[name]["value"]

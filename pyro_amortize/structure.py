@@ -217,6 +217,8 @@ class Structure:
         params: Names of the model's own parameters in the param store.
         shapes: Of the arguments that are tensors.
         empty: Arguments that are None.
+        parameters: The names of all arguments.
+        carried: Arguments that are the values of observed sites, and which.
         part: The rows that were examined, if not all; the sizes of plates and ``shapes`` are those of all.
     """
 
@@ -230,6 +232,8 @@ class Structure:
     params: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    carried: dict[str, frozenset[str]] = field(default_factory=dict)
     part: Part | None = field(default=None, compare=False)
 
     def site_of(self, name: str) -> Site:

@@ -30,7 +30,7 @@ ORDER = [
     {"latents", "sources"},
     {"examination"},
     {"plan", "inputs", "storage"},
-    {"verdict", "reading", "carried"},
+    {"verdict", "reading", "carried", "remedies"},
     {"planner", "handler", "building", "prediction"},
     {"guides"},
     {"densities", "minibatch", "pointwise"},

@@ -237,7 +237,7 @@ def test_names_that_are_no_site(option):
 
 def test_an_encoder_for_elements_without_data():
     args, _ = CASES["plate_of_globals"].example()
-    with refuses(ValueError, r"encoder=\{'w': ...\}.*no rows of data inform 'w'.*Leave it out"):
+    with refuses(ValueError, r"encoder=\{'w': ...\}.*no rows of data were found.*'w'.*left out, it has a table"):
         ready(CASES["plate_of_globals"].make(), *args, encoder={"w": MLP()})
 
 
