@@ -74,6 +74,7 @@ class Inputs(nn.Module):
         prepared: Tensor = self.prepare(features.reshape(-1, features.shape[-1]).clone())  # type: ignore[operator]
         return prepared.reshape(*features.shape[:-1], -1)
 
+    @torch.no_grad()
     def measure(self, rows: list[Cells], dtype: torch.dtype) -> None:
         """Takes the statistics of the preparation from example data."""
         if self.prepare != "auto":

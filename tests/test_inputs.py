@@ -201,3 +201,12 @@ def test_masked_categories_are_all_zero():
 def test_arguments_that_do_not_fit_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         pick(source(shape=(4,)), value, 3, 3)
+
+
+def test_statistics_are_taken_without_gradients_which_features_carry_on():
+    x = torch.randn(6, requires_grad=True)
+    inputs = Inputs((source(),))
+    inputs.measure([(x, None)], DTYPE)
+    assert not any(buffer.requires_grad for buffer in inputs.buffers())
+    inputs([(x, None)], DTYPE)[0].sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([1.0, 0, 0, 0, 0, 0]) / inputs.scale.float())
