@@ -121,7 +121,7 @@ class Builder:
                 shape = tuple(cells[0][0].shape[reading.count :])
                 level = replace(level, sources=(replace(level.sources[0], shape=shape),))
             levels.append(level)
-        preparation = Preparation(levels, self.options["prepare"]).to(device)
+        preparation = Preparation(levels, self.options["prepare"]).to(device, dtype)
         preparation.measure(reading.cells, dtype)
         widths = [0 if rows is None else rows.shape[-1] for rows in preparation(reading.cells, dtype)]
         levels = [replace(level, width=width) for level, width in zip(levels, widths, strict=True)]

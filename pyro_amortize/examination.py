@@ -16,6 +16,7 @@ from pyro_amortize.calls import Call, Model, opened
 from pyro_amortize.elements import Elements
 from pyro_amortize.excerpt import FEW, Long, Part
 from pyro_amortize.held import HeldRun
+from pyro_amortize.labels import LabelProbes
 from pyro_amortize.latents import LatentProbes
 from pyro_amortize.parameters import preserved
 from pyro_amortize.probes import Probes
@@ -120,7 +121,7 @@ def _own_shape(site: Any) -> tuple[int, ...]:
 
 
 def _structure(probes: Probes) -> Structure:
-    latents, data = LatentProbes(probes), SourceProbes(probes)
+    latents, data, labels = LatentProbes(probes), SourceProbes(probes), LabelProbes(probes)
     sites = {name: latents.site(name) for name in probes.factors}
     probes.links = _unambiguous(probes.links)
     sources, indistinct = data.sources()
@@ -128,6 +129,7 @@ def _structure(probes: Probes) -> Structure:
     masked = {name for name, site in sites.items() if site.mask is not None}
     sources = [replace(s, missing=s.missing or s.reaches <= masked) for s in sources]
     sources = [replace(s, by_cell=s.missing and data.is_masked_by_cell(s)) for s in sources]
+    sources = [replace(s, labels=labels.labels(s) if labels.tells_more(s, sources) else ()) for s in sources]
     hidden = {plate.name: data.hidden(plate, sources) for plate in probes.plates.values()}
     for plate in probes.plates.values():
         if any(link.to == plate.name for link in probes.links) and not hidden[plate.name]:

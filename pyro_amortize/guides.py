@@ -378,7 +378,7 @@ class AutoAmortized(AutoGuide):
         plan = AmortizationPlan.from_dict(state["plan"])
         preparations = nn.ModuleDict()
         for block in plan.blocks:
-            if block.amortized:
+            if block.amortized and not block.constant:
                 preparations[block.key] = Preparation(block.levels, self.options["prepare"]).to(dtype)
         coders = self._builder().coders(plan, preparations, state["widths"], torch.device("cpu"), dtype)
         self._take(plan, coders, preparations, dtype)

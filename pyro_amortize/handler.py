@@ -127,7 +127,7 @@ class GuidedRun(Messenger):
         self.reader.drawn = {site["name"]: site["value"] for site in sites}
         found = {}
         for block in self.plan.blocks:
-            if block.amortized:
+            if block.amortized and not block.constant:
                 reading = self.reader.read(block, {name: plates[name] for name in block.plates})
                 assert reading is not None
                 found[block.name] = reading
@@ -386,6 +386,14 @@ class GuidedRun(Messenger):
         rows = features_of(block, coder, features, reading)
         if not self.answering:
             return coder(rows)  # type: ignore[no-any-return]
+        for name, labels in prepare.untrained(reading.cells).items():
+            some = ", ".join(map(str, sorted(labels)[:3])) + (", ..." if len(labels) > 3 else "")
+            warnings.warn(
+                f"{type(self.guide).__name__}: no row that the guide was trained on had the label {some} of argument "
+                f"'{name}', so for such rows the answer for '{block.sites[0]}' follows from their other data alone. "
+                f"Train it on rows that have it.",
+                stacklevel=2,
+            )
         parts = in_pieces(coder, rows, LIMIT // 8)
         if any(has_nan(part) for part in parts):  # many data are quicker to look at when they are answers
             prepare(reading.cells, self.guide.dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pyro_amortize.calls import is_recorded
 from pyro_amortize.encoders import joined
 from pyro_amortize.levels import Level
 from pyro_amortize.missing import has_nan
-from pyro_amortize.structure import Source
+from pyro_amortize.structure import Labels, Source
 
 Prepare = str | None | Callable[[Tensor], Tensor]
 Cells = tuple[Tensor, Tensor | None]
@@ -22,10 +23,11 @@ Cells = tuple[Tensor, Tensor | None]
 class Inputs(nn.Module):
     """The data at one level of a block, prepared by what they are.
 
-    Categories become one-hot columns, and unbounded counts log(1 + x). Then everything but indicators is centred, and
-    scaled: reals by the standard deviation of each column, counts by one standard deviation for all columns of an
-    argument, since a pixel or word that is rarely on has next to none of its own. What is missing, NaN or under a
-    mask, is filled by the mean and marked in a column of its own. The statistics are buffers.
+    Categories become one-hot columns, labels that the model looks things up by learnt features (see :class:`Lookup`),
+    and unbounded counts log(1 + x). Then everything but these indicators and features is centred, and scaled: reals by
+    the standard deviation of each column, counts by one standard deviation for all columns of an argument, since a
+    pixel or word that is rarely on has next to none of its own. What is missing, NaN or under a mask, is filled by the
+    mean and marked in a column of its own. The statistics are buffers.
 
     Args:
         sources: The data.
@@ -44,6 +46,8 @@ class Inputs(nn.Module):
         columns = sum(source.width for source in sources) if auto else 0
         self.register_buffer("shift", torch.zeros(columns))
         self.register_buffer("scale", torch.ones(columns))
+        lookups = {str(i): Lookup(source) for i, source in enumerate(sources) if auto and source.labels}
+        self.lookups = nn.ModuleDict(lookups)
         self._stands = auto and bool(self._indicators().all())  # nothing to be centred or filled
 
     def forward(self, rows: list[Cells], dtype: torch.dtype, looks: bool = True) -> Tensor:
@@ -95,13 +99,15 @@ class Inputs(nn.Module):
     def _columns(self, rows: list[Cells], dtype: torch.dtype, looks: bool = True) -> Tensor:
         """The columns before they are scaled, NaN where something is missing and no indicator."""
         columns = []
-        for (value, present), source in zip(rows, self.sources, strict=True):
+        for i, ((value, present), source) in enumerate(zip(rows, self.sources, strict=True)):
             flat = _flat(value, source)
             lacking = _lacking(flat, present, source, looks or source.kind == "category")
             if source.kind == "category":
                 known = (flat if lacking is None else torch.where(lacking, -1, flat)).long()
                 here = known[..., None] == torch.arange(source.categories, device=flat.device)
                 columns.append(here.flatten(-2).to(dtype))
+            elif source.labels:
+                columns.append(self.lookups[str(i)](flat, lacking, dtype))
             else:
                 flat = flat.to(dtype)
                 if source.kind == "count":
@@ -111,6 +117,16 @@ class Inputs(nn.Module):
             if lacking is not None:
                 columns.append(lacking.to(dtype))
         return joined(columns)
+
+    def untrained(self, rows: list[Cells]) -> dict[str, set[int]]:
+        """Returns the labels among data that no data had in training, by the name of their source."""
+        found: dict[str, set[int]] = {}
+        for i, lookup in self.lookups.items():
+            (value, present), source = rows[int(i)], self.sources[int(i)]
+            flat = _flat(value, source)
+            labels = lookup.untrained(flat, _lacking(flat, present, source, False))  # type: ignore[operator]
+            found |= {source.name: labels} if labels else {}
+        return found
 
     def _shared(self) -> Tensor:
         """Numbers the columns of each argument of counts from 1; 0 for columns with a scale of their own."""
@@ -124,9 +140,73 @@ class Inputs(nn.Module):
         marks: list[bool] = []
         for source in self.sources:
             own = source.width - (_numel(source.cell) if source.missing else 0)
-            marks += [source.kind in ("category", "binary")] * own
+            if source.labels:
+                for labels in source.labels:
+                    marks += [True] * labels.width if labels else [False]
+            else:
+                marks += [source.kind in ("category", "binary")] * own
             marks += [True] * (source.width - own)
         return torch.tensor(marks, dtype=torch.bool)
+
+
+class Lookup(nn.Module):
+    """Learnt features for the labels in a source: a row of parameters for each label, zero before it is trained.
+
+    The rows have as many numbers as there are labels, up to :data:`~pyro_amortize.structure.WIDEST`, so that few labels
+    are told apart as freely as by one-hot columns. What was in no row that a guide was trained on keeps the row of
+    zeros, which is that of no label.
+
+    Args:
+        source: The source; its columns that are no labels pass as they are.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.name = source.name
+        self.runs = [(labels, len(list(run))) for labels, run in groupby(source.labels)]  # columns of a kind, in order
+        self.kinds = [labels for labels in dict.fromkeys(source.labels) if labels]
+        self.values = nn.ParameterList([torch.zeros(labels.count, labels.width) for labels in self.kinds])
+
+    def forward(self, flat: Tensor, lacking: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns features, shape (..., width), for columns, shape (..., columns), of which some may be missing."""
+        found = []
+        for labels, here, there in self._parts(flat, lacking):
+            if labels is None:
+                found.append(here.to(dtype) if there is None else torch.where(there, here.to(dtype), torch.nan))
+                continue
+            known = (here >= labels.first) & (here < labels.first + labels.count)
+            outside = ~known if there is None else ~known & there
+            if not is_recorded() and bool(outside.any()):
+                raise ValueError(
+                    f"AutoAmortized: argument '{self.name}' holds the label {int(here[outside][0])}, but the guide was "
+                    f"initialized for {labels.first} to {labels.first + labels.count - 1}: so far goes what the model "
+                    f"looks up by it, or, where that has no end, the data of that call. Initialize a new guide with "
+                    f"data that hold it."
+                )
+            known = known if there is None else known & there
+            rows = nn.functional.embedding(torch.where(known, here - labels.first, 0).long(), self._rows(labels))
+            found.append(torch.where(known[..., None], rows, 0.0).flatten(-2).to(dtype))
+        return torch.cat(found, -1)
+
+    def untrained(self, flat: Tensor, lacking: Tensor | None) -> set[int]:
+        """Returns the labels among data whose rows are as at the start, though others' are not."""
+        found: set[int] = set()
+        for labels, here, there in self._parts(flat, lacking):
+            if labels is not None and bool((fresh := ~self._rows(labels).any(-1)).logical_not().any()):
+                present = here if there is None else here[there]
+                number = (present - labels.first).long().clamp(0, labels.count - 1)
+                found |= {int(label) for label in present[fresh[number]].unique()}
+        return found
+
+    def _rows(self, labels: Labels) -> Tensor:
+        return self.values[self.kinds.index(labels)]
+
+    def _parts(self, flat: Tensor, lacking: Tensor | None) -> Iterator[tuple[Labels | None, Tensor, Tensor | None]]:
+        """Yields labels, the columns that hold these, and which of them are not missing; None if all are there."""
+        sizes = [size for _, size in self.runs]
+        there = [None] * len(sizes) if lacking is None else (~lacking).split(sizes, -1)
+        for (labels, _), here, present in zip(self.runs, flat.split(sizes, -1), there, strict=True):
+            yield labels, here, present
 
 
 class Preparation(nn.ModuleList):
@@ -149,6 +229,13 @@ class Preparation(nn.ModuleList):
         for part, rows in zip(self, cells, strict=True):
             if rows:
                 part.measure(rows, dtype)  # type: ignore[operator]
+
+    def untrained(self, cells: list[list[Cells]]) -> dict[str, set[int]]:
+        """Returns the labels among data that no data had in training, by the name of their source."""
+        found: dict[str, set[int]] = {}
+        for part, rows in zip(self, cells, strict=True):
+            found |= part.untrained(rows) if rows else {}  # type: ignore[operator]
+        return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from pyro_amortize.levels import Level
-from pyro_amortize.structure import Family, Link, Source
+from pyro_amortize.structure import Family, Labels, Link, Source
 
 FUNCTION = "inputs(...)"
 """Name of the source that a function of the user's own is."""
@@ -262,4 +262,5 @@ def _tuples(code: Mapping[str, Any]) -> dict[str, Any]:
 def _source(code: Mapping[str, Any]) -> Source:
     sets = {key: frozenset(code[key]) for key in ("reaches", "indexed", "couples")}
     pairs = {key: tuple(map(tuple, code[key])) for key in ("offsets", "whole")}
-    return Source(**{**_tuples(code), **sets, **pairs})
+    labels = tuple(found and Labels(**found) for found in code.get("labels", ()))
+    return Source(**{**_tuples(code), **sets, **pairs, "labels": labels})

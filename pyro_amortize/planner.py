@@ -124,7 +124,8 @@ class _Planner:
             for site in facts.sites.values()
             if site.mask is not None
         }
-        unseen = {link.argument for link in facts.links} | {name for s in facts.sources for name in s.through if name}
+        unseen = {link.argument for link in facts.links if not facts.tells_apart(link)}
+        unseen |= {s.name for s in facts.sources if not s.labels and any(s.name in o.through for o in facts.sources)}
         unseen |= {
             s.name for s in self.masks.values() if s and not s.feeds and s.reaches <= set(self.masks) | set(self.left)
         }
@@ -276,7 +277,10 @@ class _Planner:
             found = picked
         if not isinstance(self._encoder_of(name, sites), DeepSets):
             found = [self._whole(source, target, together) for source in found]
-        found += drawn if chosen is not None else [*drawn, *self._indices(target, together, rows)]
+        known = {source.name for source in found}
+        found += drawn
+        if chosen is None:
+            found += [source for source in self._indices(target, together, rows) if source.name not in known]
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0], chosen)
@@ -291,7 +295,7 @@ class _Planner:
             for name, index in zip(source.plates, source.through or (None,) * len(source.plates), strict=True)
             if name not in target and index is None and self._is_told_apart(name, target, together)
         )
-        return replace(source, whole=sizes)
+        return replace(source, whole=sizes, labels=source.labels * math.prod(size for _, size in sizes))
 
     def _is_told_apart(self, name: str, target: tuple[str, ...], together: dict[str, Site]) -> bool:
         """Whether elements of a plate of data are not alike: the model knows them, or has a table for them."""

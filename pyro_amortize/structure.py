@@ -126,6 +126,23 @@ class Site:
     own: tuple[str, ...] = ()
 
 
+WIDEST = 16
+"""Most features of a label."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Whole numbers that a model looks something up by: ``count`` of them, from ``first`` on."""
+
+    first: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        """How many features stand for a label: as many as there are labels, as one-hot, but not more than a few."""
+        return min(self.count, WIDEST)
+
+
 @dataclass(frozen=True)
 class Source:
     """Data with a cell for every element of some plates: an argument, or the values of an observed site.
@@ -147,6 +164,7 @@ class Source:
         drawn: Whether it is a discrete latent, whose value the guide draws before, or a call holds.
         ahead: Whether the model comes to that only later.
         whole: Plates that are features of a cell, first of all its axes, and their sizes: told apart, not pooled over.
+        labels: For each column of a cell the labels that it holds, None for numbers; empty if there are none.
     """
 
     name: str
@@ -167,6 +185,7 @@ class Source:
     drawn: bool = False
     ahead: bool = False
     whole: tuple[tuple[str, int], ...] = ()
+    labels: tuple[Labels | None, ...] = ()
 
     @property
     def level(self) -> tuple[str, ...]:
@@ -183,7 +202,9 @@ class Source:
     def width(self) -> int:
         """How many features a cell gives after preparation."""
         size = math.prod(self.cell)
-        return size * (self.categories if self.kind == "category" else 1) + (size if self.missing else 0)
+        own = size * (self.categories if self.kind == "category" else 1)
+        own = sum(labels.width if labels else 1 for labels in self.labels) if self.labels else own
+        return own + (size if self.missing else 0)
 
 
 @dataclass(frozen=True)
@@ -244,6 +265,10 @@ class Structure:
     def has(self, name: str) -> bool:
         """Whether the model has a site of this name, or a family of loops that it is of."""
         return name in self.sites or any(family.numbers(name) is not None for family in self.families)
+
+    def tells_apart(self, link: Link) -> bool:
+        """Whether a link's argument holds labels by which the model knows more of an element than its latents say."""
+        return bool(self.hidden[link.to]) and any(s.labels for s in self.sources if s.name == link.argument)
 
     @property
     def latents(self) -> list[Site]:

@@ -179,8 +179,9 @@ class Judge:
         """Finds what the model knows of a row beside its data, and what could not be tried."""
         facts = self.facts
         plates = {plate for plate in plates if not self._sees(plate, sites[0], reach)}  # where it can count rows
+        told = {link.to for link in facts.links if link.argument in shown and facts.tells_apart(link)}
         for plate in sorted(plates):
-            if facts.hidden[plate]:
+            if facts.hidden[plate] and plate not in told:
                 pooled = plate not in sites[0].plates and any(x.pooled and plate in x.plates for x in levels)
                 whole = (
                     f"pooling loses that; pass an element's rows whole, inputs={{'{sites[0].name}': lambda ...: ...}}"

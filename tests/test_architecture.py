@@ -27,7 +27,7 @@ ORDER = [
     {"elbos", "nuts", "draws"},
     {"held", "elements"},
     {"probes"},
-    {"latents", "sources"},
+    {"labels", "latents", "sources"},
     {"examination"},
     {"plan", "inputs", "storage"},
     {"verdict", "reading", "carried", "remedies"},

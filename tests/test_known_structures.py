@@ -609,7 +609,7 @@ def test_rows_that_belong_to_two_elements_are_not_pooled_by_one_of_them():
     assert block.rows == 4
 
 
-def test_what_a_model_knows_of_an_indexed_group_is_noticed():
+def test_what_a_model_knows_of_an_indexed_group_comes_by_its_label():
     secret = 3 * torch.randn(4)
 
     def model(y, group):
@@ -618,9 +618,14 @@ def test_what_a_model_knows_of_an_indexed_group_is_noticed():
         with pyro.plate("n", len(y)):
             pyro.sample("y", dist.Normal(b[group], 1.0), obs=y)
 
-    verdict = plan_amortization(model, torch.randn(12), torch.arange(12) % 4).verdict
-    assert verdict.closable is False
-    assert "rows of 'groups' with equal data have different densities" in verdict.reason
+    y, group = torch.randn(12), torch.arange(12) % 4
+    plan = plan_amortization(model, y, group)
+    assert set(plan.blocks[0].inputs) == {"y", "group"}
+    assert plan.verdict.closable is True
+    guide = AutoAmortizedNormal(model, inputs={"b": "y"})
+    guide.initialize(y, group)
+    assert guide.plan.verdict.closable is False
+    assert "inputs leaves out 'group'" in guide.plan.verdict.reason
 
 
 def test_bad_rows_are_refused_with_their_name():
