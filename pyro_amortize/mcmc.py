@@ -13,7 +13,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import init_to_uniform
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -25,7 +24,8 @@ from pyro_amortize.missing import refuse_nan
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
-from pyro_amortize.supports import generic_value, site_mask, support_of, why_unreached, without_masks
+from pyro_amortize.supports import generic_value, is_delta, site_mask, why_unreached, without_masks
+from pyro_amortize.unconstrained import LogDensity, is_free, is_reached
 
 R_HAT = 1.01
 ESS_A_CHAIN = 100
@@ -43,6 +43,7 @@ class MCMCFit:
         engine: What drew, "nutpie" or "pyro".
         fallback: Why it was not nutpie, where that is installed.
         diverging: Whether each transition diverged, shape (chains, draws).
+        outside: Sites of which a draw was found outside of the support that it has given the rest of the draw.
         model: What was drawn from, latents that were given conditioned; not a copy.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -55,6 +56,7 @@ class MCMCFit:
     engine: str | None = None
     fallback: str | None = None
     diverging: Tensor | None = field(default=None, repr=False, compare=False)
+    outside: tuple[str, ...] = ()
     model: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -103,6 +105,7 @@ class MCMCFit:
             return ["there is one chain, which no other can confirm: raise num_chains"]
         if draws < 4:
             return [f"{draws} draws a chain are too few to tell R-hat from: raise num_samples"]
+        found += [f"draws of '{name}' lie outside of its support, so that they are none" for name in self.outside]
         varying = {name: _varies(value) for name, value in self.samples.items()}
         if not any(bool(varies.any()) for varies in varying.values()):
             return ["no chain moved: look for infinite densities in the model"]
@@ -175,6 +178,9 @@ def run_mcmc(
     num_samples: int = 1000,
     warmup_steps: int = 1000,
     num_chains: int = 4,
+    start: Model | Mapping[str, Tensor] | None = None,
+    target_accept_prob: float = 0.8,
+    max_tree_depth: int = 10,
     engine: str = "auto",
     seed: int | None = None,
     progress: bool = True,
@@ -195,6 +201,10 @@ def run_mcmc(
         num_samples: Draws of each chain.
         warmup_steps: Steps of each chain that adapt the sampler, and are thrown away.
         num_chains: Number of chains.
+        start: Where chains start: a trained guide, of which each chain takes a draw, or values of some sites. Latents
+            that it does not name start at random, as all do by default, at (-2, 2) in unconstrained space.
+        target_accept_prob: Share of moves that step sizes are adapted to; nearer to 1 where transitions diverge.
+        max_tree_depth: How often a trajectory doubles at most: 2^10 gradients a draw.
         engine: "nutpie", tens of times faster, which needs ``pip install "pyro_amortize[nutpie]"`` and a model without
             branches on values (for others Pyro's draws, with a warning); "pyro", Pyro's NUTS; "auto", nutpie's
             where it is installed and can, without a warning (``engine`` and ``fallback`` of the result tell).
@@ -206,15 +216,23 @@ def run_mcmc(
         Draws, and their diagnostics when asked for.
 
     Raises:
-        ValueError: A plate of the model subsamples, or an option is out of range.
+        ValueError: A plate of the model subsamples, an option is out of range, ``start`` names no latent, or a latent
+            has no bijection from the reals or is an angle.
         ImportError: ``engine="nutpie"``, and it is not installed.
     """
     if engine not in ENGINES:
         raise ValueError(f"run_mcmc: engine={engine!r} is not known. Known: {', '.join(map(repr, ENGINES))}.")
-    for option, value in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
+    for option, value in (
+        ("num_samples", num_samples),
+        ("warmup_steps", warmup_steps),
+        ("num_chains", num_chains),
+        ("max_tree_depth", max_tree_depth),
+    ):
         if value < 1:
             raise ValueError(f"run_mcmc: {option}={value}. Expected a positive whole number.")
-    start = time.perf_counter()
+    if not 0 < target_accept_prob < 1:
+        raise ValueError(f"run_mcmc: target_accept_prob={target_accept_prob}. Expected a number between 0 and 1.")
+    began = time.perf_counter()
     kwargs = model_kwargs or {}
     if seed is None:
         seed = int(torch.randint(2**31, ()))
@@ -226,18 +244,28 @@ def run_mcmc(
         _refuse_unreached(sites)
         proper = _WithPrior(_idle(conditioned, args, kwargs, sites))(conditioned)
         nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
-        target = Target(proper, args, kwargs, nesting, _init_in_shape(sites), num_samples, warmup_steps, progress)
+        target = Target(
+            LogDensity(proper, args, kwargs, nesting),
+            _starts(start, args, kwargs, [site["name"] for site in sites if is_free(site)]),
+            num_samples,
+            warmup_steps,
+            target_accept_prob,
+            max_tree_depth,
+            progress,
+        )
         drawing, engine, fallback = _drawing(engine, target, seed, num_chains)
         chains, diverged = zip(*(drawing(seed + chain) for chain in range(num_chains)), strict=True)
+        outside = _outside(proper, args, kwargs, chains)
     diverging = torch.stack(diverged)
     samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
     return MCMCFit(
         samples=samples,
         divergences=int(diverging.sum()),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
         engine=engine,
         fallback=fallback,
         diverging=diverging,
+        outside=outside,
         model=conditioned,
         args=args,
         kwargs=kwargs,
@@ -266,7 +294,8 @@ def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[C
 
 def _refuse_unreached(sites: list[Any]) -> None:
     for site in sites:
-        why = "" if site["is_observed"] or support_of(site["fn"]).is_discrete else why_unreached(site)
+        drawn = is_free(site) or not (site["is_observed"] or is_delta(site["fn"]) or site["fn"].has_enumerate_support)
+        why = why_unreached(site) if drawn else ""
         if why:
             raise ValueError(f"run_mcmc: {why}")
 
@@ -307,15 +336,50 @@ def _idle(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: li
     return [name for name, mask in masks.items() if is_idle(name, mask)]
 
 
-def _init_in_shape(sites: list[Any]) -> Callable[[Any], Tensor]:
-    """Starts sites in the shapes of a plain run; Pyro's own has one below an enumerated site take a value for each."""
-    dims = {site["name"]: site["value"].dim() for site in sites}
+def _starts(
+    start: Model | Mapping[str, Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any], latents: list[str]
+) -> Callable[[int], Mapping[str, Any]]:
+    """Returns what says from a seed at which values of latents a chain starts."""
+    if not latents:
+        raise ValueError("run_mcmc: the model has no continuous latent, or all are given, so there is nothing to draw.")
+    if start is None:
+        return lambda seed: {}
+    if isinstance(start, Mapping):
+        unknown = sorted(set(start) - set(latents))
+        if unknown:
+            raise ValueError(f"run_mcmc: start names '{unknown[0]}', which is no latent to draw. Known: {latents}.")
+        return lambda seed: start
+    if not callable(start):
+        raise ValueError(
+            f"run_mcmc: start is a {type(start).__name__}. Expected a trained guide, that of a fit is "
+            f"start=fit.guide, or a dict from site to value."
+        )
 
-    def init(site: Any) -> Tensor:
-        value = init_to_uniform(site)
-        return value[(0,) * (value.dim() - dims.get(site["name"], value.dim()))]
+    def drawn(seed: int) -> dict[str, Tensor]:
+        with preserved(start, evaluating=True), torch.no_grad(), poutine.block():
+            pyro.set_rng_seed(seed)
+            trace = poutine.trace(start).get_trace(*args, **kwargs)
+        found = {name: site["value"] for name, site in trace.iter_stochastic_nodes() if name in latents}
+        if not found:
+            raise ValueError(f"run_mcmc: start samples none of the latents to draw. Known: {latents}.")
+        return found
 
-    return init
+    return drawn
+
+
+def _outside(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], chains: tuple[dict[str, Tensor], ...]
+) -> tuple[str, ...]:
+    """Runs the model at the last draw of each chain; names the sites that lie outside of their supports there."""
+    found: dict[str, None] = {}
+    for chain in chains:
+        values = {name: draws[-1] for name, draws in chain.items()}
+        with poutine.block(), torch.no_grad():
+            nodes = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs).nodes
+        for name, value in values.items():
+            if not is_reached(nodes[name], value):
+                found[name] = None
+    return tuple(found)
 
 
 def _all_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,11 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import MCMC, NUTS
-from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_amortize.calls import Model
 from pyro_amortize.capture import Graph, Uncapturable, record
+from pyro_amortize.unconstrained import LogDensity
 
 GRADIENTS_A_STEP = 12
 """How many gradients a step takes, as a guess."""
@@ -35,41 +34,49 @@ class Target:
     """A posterior and how chains draw from it.
 
     Attributes:
-        model: The model, latents that are given conditioned.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        max_plate_nesting: How many dimensions its plates take.
-        init_strategy: A site's message -> where it starts.
+        density: The log density of the latents in unconstrained space.
+        start: Seed -> values in constrained space at which some latents start, or all.
         num_samples: Draws of a chain.
         warmup_steps: Steps before them that adapt the sampler.
+        target_accept_prob: Share of moves that step sizes are adapted to.
+        max_tree_depth: How often a trajectory doubles at most.
         progress: Whether to show a progress bar.
     """
 
-    model: Model
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    max_plate_nesting: int
-    init_strategy: Callable[[Any], Tensor]
+    density: LogDensity
+    start: Callable[[int], Mapping[str, Any]]
     num_samples: int
     warmup_steps: int
+    target_accept_prob: float
+    max_tree_depth: int
     progress: bool
 
     @property
     def num_steps(self) -> int:
         return self.num_samples + self.warmup_steps
 
+    def begin(self, seed: int) -> dict[str, Tensor]:
+        """Returns where a chain starts, in unconstrained space."""
+        return self.density.start(seed, self.start(seed))
+
 
 def pyro_chain(target: Target, seed: int) -> Chain:
     """Draws a chain by Pyro's NUTS."""
-    pyro.set_rng_seed(seed)
+    start = target.begin(seed)
     with _without_pyros_warnings():
-        kernel = NUTS(target.model, max_plate_nesting=target.max_plate_nesting, init_strategy=target.init_strategy)
-        mcmc = MCMC(kernel, target.num_samples, target.warmup_steps, disable_progbar=not target.progress)
-        mcmc.run(*target.args, **target.kwargs)
+        kernel = NUTS(
+            potential_fn=lambda values: -target.density(values),
+            target_accept_prob=target.target_accept_prob,
+            max_tree_depth=target.max_tree_depth,
+        )
+        mcmc = MCMC(
+            kernel, target.num_samples, target.warmup_steps, initial_params=start, disable_progbar=not target.progress
+        )
+        mcmc.run()
     diverging = torch.zeros(target.num_samples, dtype=torch.bool)
     # Not mcmc.diagnostics(), which finds R-hat along with them and asserts that there are four draws.
     diverging[list(mcmc._diagnostics[0]["divergences"])] = True
-    return {name: value.detach() for name, value in mcmc.get_samples().items()}, diverging
+    return target.density.constrained({name: value.detach() for name, value in mcmc.get_samples().items()}), diverging
 
 
 def import_nutpie() -> Any:
@@ -103,9 +110,7 @@ class NutpieChains:
     def __init__(self, target: Target, seed: int, num_chains: int) -> None:
         self._target = target
         self._nutpie = import_nutpie()
-        start, self._potential, self._transforms = self._initialized(seed)
-        if not start:
-            raise Uncapturable("it has no latent to draw")
+        start = target.begin(seed)
         self._shapes = {name: (value.shape, value.dtype) for name, value in start.items()}
         point = _flat(start)
         if not self._density(point)[1].all():
@@ -120,7 +125,7 @@ class NutpieChains:
 
     def __call__(self, seed: int) -> Chain:
         """Draws a chain."""
-        start = _flat(self._initialized(seed)[0])
+        start = _flat(self._target.begin(seed))
         errors: list[Exception] = []
         thread = _KeptThread(self._target.num_steps)
 
@@ -157,6 +162,8 @@ class NutpieChains:
                     compiled,
                     draws=self._target.num_samples,
                     tune=self._target.warmup_steps,
+                    target_accept=self._target.target_accept_prob,
+                    maxdepth=self._target.max_tree_depth,
                     chains=1,
                     cores=1,  # chains in threads would wait for one another, as each step runs Python
                     seed=seed,
@@ -167,21 +174,8 @@ class NutpieChains:
                 if errors:
                     raise errors[0]
         points = torch.tensor(trace.posterior["point"].values[0]).to(start)
-        samples = {name: self._transforms[name].inv(value) for name, value in self._parts(points).items()}
+        samples = self._target.density.constrained(self._parts(points))
         return samples, torch.tensor(trace.sample_stats["diverging"].values[0])
-
-    def _initialized(self, seed: int) -> tuple[dict[str, Tensor], Callable[..., Tensor], dict[str, Any]]:
-        """Returns a start in unconstrained space, the potential, and each site's transform to unconstrained space."""
-        pyro.set_rng_seed(seed)
-        with _without_pyros_warnings():
-            start, potential, transforms, _ = initialize_model(
-                self._target.model,
-                self._target.args,
-                self._target.kwargs,
-                max_plate_nesting=self._target.max_plate_nesting,
-                init_strategy=self._target.init_strategy,
-            )
-        return start, potential, transforms
 
     def _parts(self, points: Tensor) -> dict[str, Tensor]:
         """Returns sites' values, shape (..., *shape), of points, shape (..., number of all elements)."""
@@ -194,7 +188,7 @@ class NutpieChains:
     def _density(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log density of a point, and its gradient, by the model."""
         point = point.detach().requires_grad_()
-        density = -self._potential(self._parts(point))
+        density = self._target.density(self._parts(point))
         return density.detach(), torch.autograd.grad(density, point)[0]
 
     def _check(self, graph: Graph, point: Tensor) -> None:

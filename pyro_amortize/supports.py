@@ -168,7 +168,7 @@ def _is_angle(site: Any) -> bool:
         return False
     if isinstance(_chain(undressed(fn))[0], torch.distributions.VonMises):  # might be as good as uniform
         return True
-    value = _some_tensor(fn).new_full(fn.shape(), 0.4)
+    value = some_tensor(fn).new_full(fn.shape(), 0.4)
     with torch.no_grad(), pyro.validation_enabled(False):
         here, *there = (fn.log_prob(value + turns * 2 * math.pi) for turns in (0.0, 0.5, 1.0, 2.0))
     half, one, two = (float((density - here).abs().sum()) for density in there)
@@ -314,11 +314,11 @@ def generic_value(msg: Any) -> Tensor:
             fn.log_prob(value)
             return value
         raise
-    like = _some_tensor(fn)
+    like = some_tensor(fn)
     return transform(like.new_empty(transform.inverse_shape(fn.shape())).uniform_(-1, 1))
 
 
-def _some_tensor(fn: Any) -> Tensor:
+def some_tensor(fn: Any) -> Tensor:
     """A floating tensor of the distribution's dtype and device."""
     fn = undressed(fn)
     for value in [*vars(fn).values(), *vars(getattr(fn, "base_dist", fn)).values()]:
@@ -362,7 +362,7 @@ def init_to_center(site: Any) -> Tensor:
 
 def _center(site: Any) -> Tensor:
     fn = undressed(site["fn"])
-    half = _some_tensor(fn).new_tensor(0.5)
+    half = some_tensor(fn).new_tensor(0.5)
     for guess in (lambda: fn.icdf(half), lambda: fn.mean):
         try:
             value = guess().detach().expand(site["fn"].shape())
@@ -371,4 +371,4 @@ def _center(site: Any) -> Tensor:
         except (NotImplementedError, ValueError, RuntimeError):
             pass
     transform = bijection(site)
-    return transform(_some_tensor(fn).new_zeros(transform.inverse_shape(site["fn"].shape())))
+    return transform(some_tensor(fn).new_zeros(transform.inverse_shape(site["fn"].shape())))

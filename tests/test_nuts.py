@@ -157,7 +157,7 @@ class TestDistribution:
     @pytest.mark.parametrize("factor", [0.8, 1.25])
     def test_another_width_would_be_seen(self, factor):
         known = KNOWN["reals"]
-        fit = run_mcmc(known.model, *known.args, **OPTIONS)
+        fit = run_mcmc(known.model, *known.args, **OPTIONS | {"num_samples": 600})
         mean = fit.samples["z"].mean((0, 1))
         fit.samples["z"].sub_(mean).mul_(factor).add_(mean)
         assert (off(fit, known).abs() > 4.5).any()
