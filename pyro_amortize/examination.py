@@ -6,16 +6,18 @@ random state, the param store, module buffers, or a Pyro handler.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from pyro_amortize.bases import look
 from pyro_amortize.calls import Call, Model, opened
 from pyro_amortize.elements import Elements
 from pyro_amortize.excerpt import FEW, Long, Part
-from pyro_amortize.held import HeldRun
+from pyro_amortize.held import places
 from pyro_amortize.labels import LabelProbes
 from pyro_amortize.latents import LatentProbes
 from pyro_amortize.parameters import preserved
@@ -55,10 +57,10 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
 def _examined(model: Model, call: Call) -> Structure:
     model, hides = opened(model)
     with preserved(model, evaluating=True):
-        probes = Probes(HeldRun(model, call), hides)
+        probes = look(model, call, hides)
         facts = _structure(probes)
         loose = frozenset(name for name in probes.loops if _is_loose(name, facts, probes))
-        return _structure(Probes(HeldRun(model, call), hides, loose)) if loose else facts
+        return _structure(look(model, call, hides, loose)) if loose else facts
 
 
 def _examined_in_part(model: Model, long: Long) -> Structure | None:
@@ -88,7 +90,7 @@ def _examined_in_part(model: Model, long: Long) -> Structure | None:
 def _sites(model: Model, call: Call) -> dict[str, Any]:
     model, _ = opened(model)
     with preserved(model, evaluating=True):
-        nodes = HeldRun(model, call).run()
+        nodes = next(places(model, call)).sites
     return {name: site for name, site in nodes.items() if site["type"] == "sample"}
 
 
@@ -141,7 +143,7 @@ def _structure(probes: Probes) -> Structure:
     families = probes.families
     facts = Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
     facts = replace(facts, parameters=tuple(probes.held.call.parameters), carried=data.carried())
-    return _with_elements(facts, latents)
+    return _with_unseen(_with_elements(facts, latents), probes.unseen)
 
 
 def _with_elements(facts: Structure, latents: LatentProbes) -> Structure:
@@ -155,6 +157,16 @@ def _with_elements(facts: Structure, latents: LatentProbes) -> Structure:
             sites[name], plates=plates, own=gone, shape=shape, couples=sites[name].couples - set(gone)
         )
     return replace(facts, sites=sites)
+
+
+def _with_unseen(facts: Structure, unseen: Mapping[str, frozenset[str]]) -> Structure:
+    """Lets latents that were not seen to inform data inform those whose densities they enter all the same."""
+    idle = {
+        site.name: site for site in facts.sites.values() if unseen.get(site.name) and not facts.informed_by(site.name)
+    }
+    doubtful = {n: replace(site, children=site.children | unseen[n], flat=True) for n, site in idle.items()}
+    found = replace(facts, sites=facts.sites | doubtful)
+    return replace(found, sites={n: s if found.informed_by(n) else facts.sites[n] for n, s in found.sites.items()})
 
 
 def _is_loose(loop: str, facts: Structure, probes: Probes) -> bool:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.held import kind_of
+from pyro_amortize.held import Change, kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
 from pyro_amortize.supports import (
-    generic_value,
     is_delta,
     is_enumerated,
     logits_shape,
@@ -55,7 +54,7 @@ class LatentProbes:
             facts["logits"] = logits_shape(site["fn"])
             facts["distribution"] = None if facts["logits"] is None else type(undressed(site["fn"])).__name__
         if discrete and not site["fn"].has_enumerate_support:
-            return Site(name, False, names, kept, self._moved_by(name, {name: self._other(name)}), **facts)
+            return Site(name, False, names, kept, self.probes.reached(name), **facts)
         children, couples = self._latent_probe(name, plates)
         facts["unmasked"] = self._is_unmasked(name)
         if not discrete:
@@ -76,11 +75,9 @@ class LatentProbes:
         """Replaces latents of single turns of a loop; tells whether each reaches data of its turn, and none before."""
         plate = self.probes.plates[loop]
         for name in (family.name for family in self.probes.families if loop in family.loops):
-            torch.manual_seed(7)
-            fresh = generic_value(self.probes.factors[name])
             for turn in {0, plate.size // 2, plate.size - 1}:
                 chosen = {loop: torch.arange(plate.size) == turn}
-                moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
+                moved = self.probes.changed(latents={name: self._mixed(name, chosen)})
                 data = [n for n in self.probes.members(plate) if self.probes.factors[n]["is_observed"]]
                 where = [self.probes.rows(moved, n, plate) > 0 for n in data] if moved else []
                 first = [int(rows.nonzero()[0]) for rows in where if bool(rows.any())]
@@ -98,9 +95,7 @@ class LatentProbes:
                 continue
             torch.manual_seed(6)
             half = _half(plate.size)
-            moved = self.probes.changed(
-                latents={name: torch.where(half.to(site["value"].device), generic_value(site), site["value"])}
-            )
+            moved = self.probes.changed(latents={name: _replaced(half)})
             rows = (
                 [self.probes.rows(moved, n, plate) > 0 for n in children if plate in self.probes.frames(n)]
                 if moved
@@ -116,37 +111,17 @@ class LatentProbes:
         mask = site_mask(site)
         if mask is None or bool(mask.all()):
             return False
-        torch.manual_seed(5)
-        return bool(self._moved_by(name, {name: torch.where(mask, site["value"], generic_value(site))}))
-
-    def _other(self, name: str) -> Tensor:
-        """Returns a discrete value that differs from the held one: in every element, or drawn if one turns up."""
-        site = self.probes.factors[name]
-        if site["fn"].has_enumerate_support:
-            support = site["fn"].enumerate_support()
-            same = support[-1] == site["value"]
-            for axis in range(len(site["fn"].event_shape)):
-                same = same.all(-1 - axis, keepdim=True)
-            return torch.where(same, support[0], support[-1])
-        draws = (site["fn"].sample() for _ in range(20))
-        return next((draw for draw in draws if not torch.equal(draw, site["value"])), site["value"])
-
-    def _moved_by(self, name: str, latents: dict[str, Tensor]) -> frozenset[str]:
-        moved = self.probes.changed(latents=latents)
-        if moved is None:
-            return frozenset(self.probes.factors) - {name}
-        return frozenset(n for n, m in moved.items() if bool(m.any())) - {name}
+        moved = self.probes.changed(latents={name: _replaced(~mask)})
+        return moved is None or any(bool(distance.any()) for other, distance in moved.items() if other != name)
 
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
         """Replaces a latent, whole and by halves; returns its children, and along which plates it couples."""
+        children = self.probes.reached(name)
         torch.manual_seed(1)
-        discrete = support_of(self.probes.factors[name]["fn"]).is_discrete
-        fresh = self._other(name) if discrete else generic_value(self.probes.factors[name])
-        children = self._moved_by(name, {name: fresh})
         half = {plate.name: _half(plate.size) for plate in plates}
         couples = set()
         for chosen in (half, {plate: ~rows for plate, rows in half.items()}):  # a chain couples later rows to earlier
-            moved = self.probes.changed(latents={name: self._mixed(name, fresh, chosen)})
+            moved = self.probes.changed(latents={name: self._mixed(name, chosen)})
             if moved is None:
                 return frozenset(self.probes.factors) - {name}, frozenset(plate.name for plate in plates)
             for plate in plates:
@@ -155,21 +130,24 @@ class LatentProbes:
                 if plate.size > 1 and any(bool(self.probes.rows(moved, n, plate)[spared].any()) for n in inside):
                     couples.add(plate.name)
         for plate in plates:
-            outside = {n for n in children if plate not in self.probes.frames(n)}
-            if outside and not self._find_links(name, fresh, plate, outside):
+            outside = {n for n in children if plate not in self.probes.frames(n) and not self._follows(n)}
+            if outside and not self._find_links(name, plate, outside):
                 couples.add(plate.name)
         return children, frozenset(couples)
 
-    def _mixed(self, name: str, fresh: Tensor, chosen: dict[str, Tensor]) -> Tensor:
-        """Puts fresh values at the chosen elements of some plates."""
+    def _follows(self, name: str) -> bool:
+        """Whether a site is a function of latents, and known along with them."""
         site = self.probes.factors[name]
+        return not site["is_observed"] and is_delta(site["fn"])
+
+    def _mixed(self, name: str, chosen: dict[str, Tensor]) -> Change:
+        """Replaces the chosen elements of some plates."""
         where = torch.ones((), dtype=torch.bool)
         for plate, rows in chosen.items():
             where = where & rows.reshape((-1,) + (1,) * (-self.probes.plates[plate].dim - 1))
-        where = where.reshape(where.shape + (1,) * len(site["fn"].event_shape))
-        return torch.where(where.to(fresh.device), fresh, site["value"])
+        return _replaced(where.reshape(where.shape + (1,) * len(self.probes.factors[name]["fn"].event_shape)))
 
-    def _find_links(self, name: str, fresh: Tensor, plate: Plate, children: frozenset[str] | set[str]) -> bool:
+    def _find_links(self, name: str, plate: Plate, children: frozenset[str] | set[str]) -> bool:
         """Finds which element of a plate each row of other plates' sites depends on; tells whether on one at most.
 
         The elements are numbered in binary. Those with a one as their k-th digit are replaced together, then those
@@ -185,7 +163,7 @@ class LatentProbes:
             runs = []
             for value in (0, 1):
                 chosen = {plate.name: (numbers >> digit & 1) == value}
-                runs.append(self.probes.changed(latents={name: self._mixed(name, fresh, chosen)}))
+                runs.append(self.probes.changed(latents={name: self._mixed(name, chosen)}))
             zeros, ones = runs
             if zeros is None or ones is None or any(bool(((zeros[c] > 0) & (ones[c] > 0)).any()) for c in children):
                 return False
@@ -242,6 +220,11 @@ class LatentProbes:
             cells.view(-1)[link.column] = other
         moved = self.probes.changed(leaves={link.argument: leaf})
         return moved is not None and bool(moved[child][tuple(place)] > 0)
+
+
+def _replaced(where: Tensor) -> Change:
+    """Replaces marked entries of a latent."""
+    return lambda value, fresh: torch.where(where.to(value.device), fresh, value)
 
 
 def _half(size: int) -> Tensor:

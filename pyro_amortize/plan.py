@@ -127,6 +127,8 @@ class AmortizationPlan:
         rows: For each plate the arguments that have an axis for it.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
         enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
+        flat: Latents that are not left to the model because they may inform data, though no value that was tried moved
+            the data's densities.
     """
 
     blocks: tuple[Block, ...]
@@ -142,6 +144,7 @@ class AmortizationPlan:
     families: tuple[Family, ...] = ()
     loops: dict[str, int] = field(default_factory=dict)
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    flat: tuple[str, ...] = ()
 
     def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
         """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""
@@ -219,6 +222,8 @@ class AmortizationPlan:
         ]
         if self.left_to_model:
             lines.append(f"left to the model: {', '.join(self.left_to_model)}")
+        if self.flat:
+            lines.append(f"not seen to move the data's densities: {', '.join(self.flat)}")
         if self.enumerated:
             lines.append(f"summed out: {', '.join(self.enumerated)}")
         lines.append(f"closable: {self.verdict.closable} ({self.verdict.reason})")

@@ -18,7 +18,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.remedies import fitting_axes, instead_of_table
 from pyro_amortize.structure import Site, Source, Structure
-from pyro_amortize.verdict import Judge, one_answer, overall, related_to
+from pyro_amortize.verdict import Judge, one_answer, related_to
 
 OWN_DATA = MLP()
 """An encoder that sees nothing beside an element's own data."""
@@ -109,11 +109,15 @@ class _Planner:
     def __init__(
         self, facts: Structure, tables: frozenset[str], apart: frozenset[str], inputs: Any, encoder: Any
     ) -> None:
-        self.facts, self.tables, self.apart, self.inputs, self.encoder = facts, tables, apart, inputs, encoder
+        self.tables, self.apart, self.inputs, self.encoder = tables, apart, inputs, encoder
         self.ways = Ways(facts)
+        self.named = apart | self._named_tables()
+        self.facts = facts = replace(
+            facts, sites={site.name: self._as_named(site, facts) for site in facts.sites.values()}
+        )
         self.left = tuple(site.name for site in facts.latents if self._is_left_to_model(site))
         informed = [site for site in facts.latents if site.name not in self.left]
-        asked = [site for site in informed if site.discrete and site.name in self.apart | self._named_tables()]
+        asked = [site for site in informed if site.discrete and site.name in self.named]
         self.enumerated = [site for site in informed if site.enumerated and site not in asked]
         self.latents = [replace(s, enumerated=False) for s in informed if s not in self.enumerated]
         self.discrete = [replace(site, enumerated=False) for site in asked]
@@ -164,7 +168,7 @@ class _Planner:
         blocks.sort(key=lambda block: order[block.sites[0]])
         return AmortizationPlan(
             tuple(blocks),
-            overall(verdicts, self.latents),
+            self.judge.overall(verdicts, self.latents, [s for s in self.latents if self._has_table(s)]),
             self.left,
             {name: plate.full_size for name, plate in self.facts.plates.items()},
             self.facts.params,
@@ -176,6 +180,7 @@ class _Planner:
             self.facts.families,
             {name: plate.first for name, plate in self.facts.plates.items() if plate.first is not None},
             {name: self._rows_of(name) for name in self.facts.plates},
+            tuple(site.name for site in self.latents if site.flat),
         )
 
     def _rows_of(self, plate: str) -> dict[str, int]:
@@ -189,10 +194,22 @@ class _Planner:
         """Sites that are given a table by name."""
         return set(self.encoder) & self.tables if isinstance(self.encoder, dict) else set()
 
+    def _as_named(self, site: Site, facts: Structure) -> Site:
+        """Lets data inform a latent that the user names, though none were seen to: those beside it."""
+        if site.name not in self.named or site.observed or site.fixed or facts.informed_by(site.name):
+            return site
+        beside = {
+            other.name
+            for other in facts.sites.values()
+            if other.observed and self.ways.covers(other.plates, site.plates)
+        }
+        return replace(site, children=site.children | beside, flat=bool(beside))
+
     def _is_left_to_model(self, site: Site) -> bool:
-        has_data = any(self.facts.sites[name].observed for name in self.facts.informing(site.name))
+        if site.name in self.named and not site.fixed:
+            return False
         any_data = any(other.observed for other in self.facts.sites.values())
-        return (site.fixed and not site.discrete) or (any_data and not has_data)
+        return (site.fixed and not site.discrete) or (any_data and not self.facts.informed_by(site.name))
 
     def _has_table(self, site: Site) -> bool:
         return site.foreign or bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)

@@ -10,94 +10,105 @@ indices and the random state, change one thing, run the model again, and look wh
 * *twins*: everything known of row k is written over row j. If the two rows still differ, the model knows
   something of a row that no argument carries.
 
+Latents are held where their priors live. Where that does not show all that the model's graph of gradients says is to
+be seen (a density that is not finite, a likelihood that is flat there), the same is tried at other values as well.
+
 Nothing is changed by looking: not the random state, the param store, module buffers, or a Pyro handler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from pyro_amortize.held import HeldRun
-from pyro_amortize.loops import find_loops
+from pyro_amortize.held import Base, Change, all_finite
 from pyro_amortize.structure import Family, Link, Plate, plates_of
 
 
 @dataclass
 class Probes:
-    """One look at a model: the base run, its noise, and what a change moved.
+    """One look at a model: where it was run, and what a change moved there.
 
     Attributes:
-        held: Runs the model.
         hides: Tells of a site whether the model hides it from its guide.
-        loose: Names of loops that are not to be seen as such.
-        base: The nodes of the base run's trace.
-        families: Sites that loops number, each family one site in all that follows.
+        bases: Where changes are tried.
+        unseen: For each latent the sites whose densities it enters, though none of its values that were tried moved
+            them.
         unmerged: The sites with a density as they are in the model.
+        families: Sites that loops number, each family one site in all that follows.
         loops: The loops, as plates.
-        plates: Its plates, by name.
+        held: Runs the model at the first base.
+        base: The nodes of its trace.
         factors: Its sites with a density, by name.
-        noise: How far log-factors move by themselves.
+        noise: How far its log-factors move by themselves.
+        plates: Its plates, by name.
         links: The links found so far.
-        last: The nodes of the last run with a change.
     """
 
-    held: HeldRun
     hides: Callable[[Any], bool]
-    loose: frozenset[str] = frozenset()
-    base: dict[str, Any] = field(init=False)
-    plates: dict[str, Plate] = field(init=False)
-    noise: float = field(init=False)
-    unmerged: dict[str, Any] = field(init=False)
-    families: tuple[Family, ...] = field(init=False)
-    loops: dict[str, Plate] = field(init=False)
+    bases: list[Base]
+    unseen: Mapping[str, frozenset[str]]
+    unmerged: Mapping[str, Any]
+    families: tuple[Family, ...]
+    loops: Mapping[str, Plate]
 
     def __post_init__(self) -> None:
-        self.held.run()  # draws the latents; from here on the random state runs alike
-        self.unmerged = _factors(self.held.run())
-        families, loops = find_loops(self.unmerged)
-        self.families = tuple(family for family in families if not self.loose & set(family.loops))
-        self.loops = {name: plate for name, plate in loops.items() if name not in self.loose}
-        self.held.families = self.families
-        self.held.loops = {name: plate.first or 0 for name, plate in self.loops.items()}
-        self.base = self.held.run()
+        first = self.bases[0]
+        self.held, self.factors, self.noise = first.held, first.factors, first.noise
+        self.base = first.held.run() if all_finite(first.nodes) else first.nodes  # in the user's mode of validation
         self.links: list[Link] = []
-        self.factors = _factors(self.base)
-        self.plates = {}
+        self.plates: dict[str, Plate] = {}
         for name, plate in plates_of(s for s in self.base.values() if s["type"] == "sample").items():
             drawn = plate.size < plate.full_size and name in self.held.drawn
             loop = self.loops.get(name, plate)
             self.plates[name] = replace(plate, at_random=drawn, first=loop.first, series=loop.series)
-        with pyro.validation_enabled(False):
-            again = self.held.run()
-        self.noise = 0.0
-        for name in self.factors:
-            difference = (again[name]["log_prob"] - self.factors[name]["log_prob"]).abs().nan_to_num(0.0)
-            self.noise = max(self.noise, 10 * float(difference.max()) if difference.numel() else 0.0)
 
-    def changed(self, **changes: Any) -> dict[str, Tensor] | None:
-        """Runs the model with changes; returns how far each entry of each site's log-factor moved, None if it fails."""
-        try:
-            with pyro.validation_enabled(False):
-                nodes = self.held.run(**changes)
-        except (ValueError, RuntimeError, IndexError):
+    def changed(
+        self,
+        leaves: dict[str, Any] | None = None,
+        latents: Mapping[str, Change] | None = None,
+        observed: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor] | None:
+        """Runs the model with changes, at all bases.
+
+        Args:
+            leaves: Other arguments.
+            latents: What makes other values of latents, of those held and fresh ones.
+            observed: Other observed values.
+
+        Returns:
+            How far each entry of each site's log-factor moved, where it moved farthest; None if the model fails.
+        """
+        found = [base.changed(leaves, latents, observed) for base in self.bases]
+        moves = [moved for moved in found if moved is not None]
+        if not moves:
             return None
         moved = {}
         for name, site in self.factors.items():
-            before, after = site["log_prob"], nodes.get(name, {}).get("log_prob")
-            if after is None or after.shape != before.shape:
-                moved[name] = torch.full(before.shape, torch.inf)
-            else:
-                distance = torch.where(before == after, 0.0, (before - after).abs())
-                distance = torch.where(before.isnan() & after.isnan(), 0.0, distance.nan_to_num(torch.inf))
-                moved[name] = torch.where(distance <= self.noise, 0.0, distance).cpu()
-        self.last = nodes
+            shape = site["log_prob"].shape
+            far = [move[name] for move in moves if name in move and move[name].shape == shape]
+            moved[name] = torch.stack(far).amax(0) if far else torch.full(shape, torch.inf)
         return moved
+
+    def reached(self, name: str) -> frozenset[str]:
+        """Replaces a latent; returns the sites whose densities move, or whose values do if these follow it."""
+        return frozenset().union(*(base.reached((name,)) for base in self.bases if name in base.factors))
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The nodes of the last run with a change: of observed values and masks, which are alike at all bases."""
+        return next((base.last for base in self.bases if base.last), {})
+
+    def after(self) -> Iterator[tuple[str, Any, Any]]:
+        """Yields each site as it was and as the last change left it, at all bases where the model ran."""
+        for base in self.bases:
+            for name, site in base.factors.items() if base.last else ():
+                if name in base.last:
+                    yield name, site, base.last[name]
 
     def rows(self, moved: dict[str, Tensor], name: str, plate: Plate) -> Tensor:
         """How far each element of a plate moved at a site, in it or linked to it; shape (size,)."""
@@ -142,16 +153,6 @@ class Probes:
             if leaf.shape[axis] != plate.size:
                 return None
         return leaf.movedim(axes, tuple(range(len(axes)))).reshape(*(plate.size for plate in plates), -1).cpu()
-
-
-def _factors(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sample sites with a density among the nodes of a trace."""
-    return {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and not (site["is_observed"] and (site["mask"] is False or site["infer"].get("_deterministic")))
-    }
 
 
 def spread_out(numbers: Tensor, plates: Sequence[Plate]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_amortize.calls import Call, Model, is_recorded
 from pyro_amortize.capture import Uncapturable
 from pyro_amortize.encoders import Heads, gathered
-from pyro_amortize.held import HeldRun, site_cells
+from pyro_amortize.held import places, site_cells
 from pyro_amortize.inputs import Cells, Present, pick_cells
 from pyro_amortize.levels import Level
 from pyro_amortize.missing import present_entries
@@ -158,10 +158,9 @@ class Reader:
         if is_recorded():
             raise Uncapturable("data or masks reach the guide through no argument of the model: pass them as arguments")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
-        held = HeldRun(self.model, self.call, self.plan.families, self.plan.loops)
-        held.indices |= self.fixed
         with preserved(self.model, evaluating=True):
-            nodes = held.run(seed=seed)
+            held = next(places(self.model, self.call, self.plan.families, self.plan.loops, seed, dict(self.fixed)))
+        nodes = held.sites
         self.looked_up = {"sites": nodes, "indices": held.indices}
         return [site for site in nodes.values() if site["type"] == "sample"]
 

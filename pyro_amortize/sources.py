@@ -9,7 +9,7 @@ import torch
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyro_amortize.held import kind_of, site_cells
+from pyro_amortize.held import Change, kind_of, site_cells
 from pyro_amortize.missing import has_nan, present_entries, takes_nan
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Plate, Source
@@ -377,7 +377,7 @@ class SourceProbes:
         swap = torch.arange(plate.size)
         swap[[0, plate.size - 1]] = swap[[plate.size - 1, 0]]
         leaves: dict[str, Tensor] = {}
-        latents = {}
+        latents: dict[str, Change] = {}
         for link in dict.fromkeys(links):
             leaf = leaves.get(link.argument, self.probes.held.call.tensors[link.argument])
             first = tuple(range(len(link.axes)))
@@ -396,13 +396,12 @@ class SourceProbes:
         for name in self.probes.members(plate):
             site = self.probes.factors[name]
             if not site["is_observed"]:
-                axis = plate.dim - len(site["fn"].event_shape)
-                latents[name] = site["value"].index_select(axis, swap.to(site["value"].device))
+                latents[name] = _swapped(swap, plate.dim - len(site["fn"].event_shape))
         if self.probes.changed(leaves=leaves, latents=latents) is None:
             return None
-        for name, site in self.probes.factors.items():
-            before, after = site["log_prob"], self.probes.last[name]["log_prob"]
-            if bool((before.sum() - after.sum()).abs() > 1e-4 * (1 + before.abs().sum())):
+        for _, factor, after in self.probes.after():
+            before = factor["log_prob"]
+            if bool((before.sum() - after["log_prob"].sum()).abs() > 1e-4 * (1 + before.abs().sum())):
                 return True
         return False
 
@@ -419,7 +418,8 @@ class SourceProbes:
         picked = any(plate.name in source.indexed for source in sources)
         if plate.size < 4 * radius + 2 or not sources or (coupled and not radius) or (picked and radius):
             return None
-        leaves, latents, observed = {}, {}, {}
+        leaves, observed = {}, {}
+        latents: dict[str, Change] = {}
         target, origin = radius, 3 * radius + 1
         indices = self.probes.held.indices.get(plate.name)
         for source in sources:
@@ -438,11 +438,11 @@ class SourceProbes:
             site = self.probes.factors[name]
             if not site["is_observed"]:
                 axis = plate.dim - len(site["fn"].event_shape)
-                latents[name] = _row_over(site["value"], axis, target, origin, radius)
+                latents[name] = _twin(axis, target, origin, radius)
         if self.probes.changed(leaves=leaves, latents=latents, observed=observed) is None:
             return None
-        for name in members:
-            factor, mask = self.probes.last[name]["log_prob"], self.probes.last[name]["mask"]
+        for _, _, after in (moved for moved in self.probes.after() if moved[0] in members):
+            factor, mask = after["log_prob"], after["mask"]
             if factor.dim() >= -plate.dim and factor.shape[plate.dim] > 1:
                 counts = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
                 pair = factor.movedim(plate.dim, 0)[[target, origin]]
@@ -450,6 +450,14 @@ class SourceProbes:
                 if not torch.allclose(pair[0][both], pair[1][both], rtol=1e-4, atol=1e-5, equal_nan=True):
                     return True
         return False
+
+
+def _swapped(swap: Tensor, axis: int) -> Change:
+    return lambda value, _: value.index_select(axis, swap.to(value.device))
+
+
+def _twin(axis: int, target: int, origin: int, radius: int) -> Change:
+    return lambda value, _: _row_over(value, axis, target, origin, radius)
 
 
 def _row_over(value: Tensor, axis: int, target: int, origin: int, radius: int) -> Tensor:

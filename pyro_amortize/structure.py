@@ -102,6 +102,7 @@ class Site:
             ``Categorical``, () of others; None if it has no logits.
         distribution: The name of its distribution, if it has logits.
         unreached: Why no normal can be taken to where it lives (continuous latents); "" if one can.
+        flat: Whether no value of this latent that was tried moved any data's density, though it may inform them.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Site:
     distribution: str | None = None
     unreached: str = ""
     own: tuple[str, ...] = ()
+    flat: bool = False
 
 
 WIDEST = 16
@@ -274,6 +276,10 @@ class Structure:
     def latents(self) -> list[Site]:
         """The latent sites that are to be guided, in the model's order."""
         return [site for site in self.sites.values() if not site.observed and not site.foreign]
+
+    def informed_by(self, name: str) -> bool:
+        """Whether a latent informs an observed site."""
+        return any(self.sites[other].observed for other in self.informing(name))
 
     def informing(self, name: str) -> set[str]:
         """Sites that depend on a latent, or that tell of it through latents that are summed out."""

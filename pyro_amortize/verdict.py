@@ -62,6 +62,51 @@ class Judge:
         outer = self._datum(together)[:1]
         return replace(verdict, factorizes=verdict.factorizes and not self.couplings(together) & set(outer))
 
+    def overall(self, verdicts: list[Verdict], latents: list[Site], tables: list[Site]) -> Verdict:
+        """Returns the verdict on a whole plan, from those on its encoded blocks.
+
+        Args:
+            verdicts: Those on the blocks that are amortized.
+            latents: All latents that have a block.
+            tables: Those among them that are given a table.
+        """
+        for closable in (False, None, True):
+            chosen = [verdict for verdict in verdicts if verdict.closable is closable]
+            if chosen:
+                return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
+        for site in latents:
+            if site.row_plates:
+                return Verdict(
+                    False,
+                    f"'{site.name}' is drawn for all rows of '{site.row_plates[0]}' together, as in a process, so a "
+                    f"row's posterior needs all data: it has a table. If rows are independent, draw it in the plate",
+                    factorizes=False,
+                )
+        if not any(site.observed for site in self.facts.sites.values()):
+            return Verdict(
+                None,
+                "no site of the model is observed, so there are no data to learn from, and every block is a table; "
+                "pass the data to their site, pyro.sample('x', ..., obs=x)",
+            )
+        return Verdict(True, f"nothing is amortized: {self._why_tables(latents, tables)}")
+
+    def _why_tables(self, latents: list[Site], tables: list[Site]) -> str:
+        """Says why no block of a plan has an encoder."""
+        local = [site for site in latents if site.plates and site not in tables]
+        if not latents:
+            return "no data depend on any latent that is to be guided"
+        if local:
+            return (
+                f"no rows of data belong to single elements of '{local[0].name}' (plate '{local[0].plates[-1]}') with "
+                f"all their data in this call, so it has a table"
+            )
+        if tables:
+            return "every block is a table, as encoder= says"
+        return (
+            f"all latents stand outside the plates of the data, and have a table of one row; to answer for other data "
+            f"sets too, give one an encoder, encoder={{'{latents[0].name}': DeepSets()}}"
+        )
+
     def couplings(self, together: dict[str, Site]) -> set[str]:
         """Returns the plates along which posteriors of elements need each other's data."""
         related = related_to(together, self.facts)
@@ -96,6 +141,14 @@ class Judge:
         if self.by_function(sites[0]):
             return Verdict(
                 None, f"whether inputs= hands over all data of a row of '{sites[0].name}' is the function's own matter"
+            )
+        flat = next((site for site in sites if site.flat), None)
+        if flat is not None:
+            return Verdict(
+                None,
+                f"no value of '{flat.name}' that was tried moves the density of '{min(flat.children)}', so it could "
+                f"not be told what informs '{flat.name}': where its prior lives, the likelihood is flat, or floating "
+                f"point lacks the digits",
             )
         unclear = self._unclear(sites, levels, plates, shown, reach)
         if unclear:
@@ -267,23 +320,6 @@ def one_answer(sites: list[Site], judged: Verdict) -> Verdict:
     plates = "/".join(sites[0].plates)
     reason = f"encoder=Constant() gives '{sites[0].name}' one answer for all rows of '{plates}', whatever their data"
     return replace(judged, closable=False, reason=reason)
-
-
-def overall(verdicts: list[Verdict], latents: list[Site]) -> Verdict:
-    """Returns the verdict on a whole plan, from those on its encoded blocks."""
-    for closable in (False, None, True):
-        chosen = [verdict for verdict in verdicts if verdict.closable is closable]
-        if chosen:
-            return Verdict(closable, chosen[0].reason, all(verdict.factorizes for verdict in verdicts))
-    for site in latents:
-        if site.row_plates:
-            return Verdict(
-                False,
-                f"'{site.name}' is drawn for all rows of '{site.row_plates[0]}' together, as in a process, so a "
-                f"row's posterior needs all data: it has a table. If rows are independent, draw it in the plate",
-                factorizes=False,
-            )
-    return Verdict(True, "nothing is amortized: every block is a table")
 
 
 def related_to(latents: dict[str, Site], facts: Structure) -> set[str]:

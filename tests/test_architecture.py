@@ -27,7 +27,7 @@ ORDER = [
     {"elbos", "unconstrained", "draws"},
     {"nuts", "held", "elements"},
     {"probes"},
-    {"labels", "latents", "sources"},
+    {"labels", "latents", "sources", "bases"},
     {"examination"},
     {"plan", "inputs", "storage"},
     {"verdict", "reading", "carried", "remedies"},
