@@ -84,7 +84,7 @@ def main():
         ("of that the ELBOs and the search for q*", f"{report.optimum.seconds:.1f} s"),
         *beside_peer(model, x, best, report.optimum.seconds, options),
         *beside_longer_search(model, guide, x, best, options),
-        *beside_longer_annealing(model, guide, x, best, report.per_datum["khat"], options),
+        *beside_longer_annealing(model, guide, x, best, report.per_datum["khat_evidence"], options),
     ]
     source = f"a guide from {options.guide.name}" if was_there else f"a guide of {options.steps} steps"
     head = f"{options.data} unseen digits, {source}, seed {options.seed}; {machine()}"
@@ -207,7 +207,7 @@ def gap_table(report):
         (name, f"{row['mean']:.3f} ± {row['mean_se']:.3f}", f"{row['max']:.2f}")
         for name, row in report.summary().iterrows()
     ]
-    k_hat, by = report.per_datum["khat"], report.per_datum["estimator"].value_counts()
+    k_hat, by = report.per_datum["khat_evidence"], report.per_datum["estimator"].value_counts()
     return [
         *table(("Nats a datum", "mean ± se of the draws", "largest"), rows),
         "",

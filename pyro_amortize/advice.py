@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from pyro_amortize.digits import with_error
 from pyro_amortize.plan import AmortizationPlan
 
 NEGLIGIBLE = 0.05
@@ -38,7 +39,7 @@ def advise(
     def add(gap: float, se: float, what: str, remedy: str, is_part: bool = True) -> None:
         if gap > NEGLIGIBLE and gap > ERRORS * se:  # False where one datum has no error
             share = f", {gap / whole:.0%} of the inference gap" if is_part and whole is not None and whole > 0 else ""
-            found.append((gap, f"{what} {gap:.3g} ± {se:.2g} nats a datum{share}: {remedy}"))
+            found.append((gap, f"{what} {with_error(gap, se)} nats a datum{share}: {remedy}"))
 
     if "amortization_gap" in per_row.index:
         for name, (gap, se) in blocks.iterrows():
@@ -62,7 +63,7 @@ def _for_encoder(name: str, plan: AmortizationPlan, lacking: Mapping[str, str], 
     """Says what narrows an amortization gap: inputs that lack, the structure, or training."""
     gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]] if name in lacking else (0.0, 0.0)
     if gap > ERRORS * se:
-        return f"{lacking[name]}. An encoder that does, trained alike, gains {gap:.3g} ± {se:.2g}"
+        return f"{lacking[name]}. An encoder that does, trained alike, gains {with_error(gap, se)}"
     block = next((block for block in plan.blocks if block.name == name), None)
     if block is not None and block.constant:
         return "Constant() has one answer for all data; take an encoder that sees them"

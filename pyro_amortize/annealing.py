@@ -50,6 +50,7 @@ def annealed_log_weights(
     loc: Tensor,
     scale: Tensor,
     *,
+    scale_tril: Tensor | None = None,
     num_chains: int = 64,
     num_temperatures: int = 100,
     num_leapfrog: int = 2,
@@ -81,6 +82,8 @@ def annealed_log_weights(
             an entry depends on its own values only.
         loc: Mean of q, a first approximation of the posterior, shape (rows, dim).
         scale: Standard deviations of q, shape (rows, dim). Of little matter: four times too narrow works as well.
+        scale_tril: Cholesky factor of q's covariance in the place of scale, shape (rows, dim, dim), where more of the
+            posterior is known.
         num_chains: Number of weights a row.
         num_temperatures: T. The default suits correlated posteriors of 50 dimensions: log weights there spread by 0.6.
         num_leapfrog: Leapfrog steps a move. In the fitted metric two go far enough; four turn back, and cost twice.
@@ -108,7 +111,7 @@ def annealed_log_weights(
         Y. Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, IEEE Transactions on Signal Processing
         2010, https://arxiv.org/abs/0907.4698
     """
-    start = _Start(log_p, loc, torch.diag_embed(scale))
+    start = _Start(log_p, loc, torch.diag_embed(scale) if scale_tril is None else scale_tril)
     long, short = _sigmoid(num_temperatures), _sigmoid(math.ceil(num_temperatures / ROUNDS))
     total = ROUNDS * (len(short) - 1) + 2 * (len(long) - 1)
     with torch.no_grad(), tqdm(total=total, desc="Annealing", disable=not progress) as bar:

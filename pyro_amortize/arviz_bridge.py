@@ -114,9 +114,11 @@ def psis(log_weights: Tensor, flat: float = 1.2) -> tuple[Tensor, Tensor]:
             warnings.simplefilter("ignore")
             normalized, k = _psislw(values.copy())
         found = torch.as_tensor(np.asarray(normalized)).T
-        finite = raw[:, uneven].isfinite()
-        least = raw[:, uneven].where(finite, torch.inf).argmin(0, keepdim=True)  # which no tail holds
-        smoothed[:, uneven] = found + (raw[:, uneven].gather(0, least) - found.gather(0, least))
+        some = raw[:, uneven]
+        least = some.where(some.isfinite(), torch.inf).argmin(0, keepdim=True)
+        body = some.kthvalue(3 * len(raw) // 4, 0, keepdim=True)  # below the tail, and not too far below to tell
+        place = body.indices.where(body.values.isfinite(), least)
+        smoothed[:, uneven] = found + (some.gather(0, place) - found.gather(0, place))
         k_hat[uneven] = torch.as_tensor(np.asarray(k), dtype=torch.float64).reshape(-1)
     return smoothed, k_hat
 

@@ -14,7 +14,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
-from pyro_amortize import plots
+from pyro_amortize import digits, plots
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
 from pyro_amortize.encoders import Rows, Table
@@ -82,17 +82,14 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        def number(value: float) -> str:
-            return f"{value:.6g}" if abs(value) >= 1000 else f"{value:.3g}"
-
-        lines = ["Comparison, in nats", self.table.drop(columns="gap_to").to_string(float_format=number, na_rep="-")]
+        lines = ["Comparison, in nats", digits.table(self.table.drop(columns="gap_to"))]
         if len(best := self.table["gap_to"].dropna()):
             lines[0] += f"; gaps are to {best.iloc[0]}, the best ELBO found"
         if self.moments is not None:
             names = [name for name in self.moments.columns if not name.endswith("_se")]
             shown = {
                 name: [
-                    f"{number(value)} ± {number(se)}"
+                    digits.with_error(value, se)
                     for value, se in zip(self.moments[name], self.moments[f"{name}_se"], strict=True)
                 ]
                 for name in names
@@ -412,6 +409,7 @@ def _below(fits: Mapping[str, Any], ratios: Mapping[str, Tensor], warm: bool, to
         if breadth == 2 and breadths[best] != 2 and not warm:
             fix = f"add the method 'mean_field_warm', which starts from the best amortized answer, or {fix}"
         found.append(
-            f"{label} ended {gap:.3g} ± {se:.2g} nats below {best}, {why}: it did not reach its best optimum; {fix}"
+            f"{label} ended {digits.with_error(gap, se)} nats below {best}, {why}: it did not reach its best optimum; "
+            f"{fix}"
         )
     return found

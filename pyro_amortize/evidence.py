@@ -14,10 +14,22 @@ from pyro_amortize.annealing import annealed_log_weights
 from pyro_amortize.arviz_bridge import good_k, psis
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import Optimum
+from pyro_amortize.proposals import Modes, Proposal, pieces, proposal
 
 GOOD_ENOUGH = 0.1
 """k-hat above which q's tails are taken to be too thin for a proposal; estimates of it scatter by a tenth or two."""
-SOME_DATA, SOME_DRAWS = 200, 1000
+GOOD = 0.3
+"""The same of the mixture in many dimensions, where draws that miss mass do not show it."""
+WIDEST_SPREAD = 2.0
+"""Nats by which log weights of 64 annealed chains may spread."""
+SMALLEST_STRATUM = 20
+"""Draws of a component whose mean is known well enough."""
+LONGER = 4
+"""How many times more draws the second round has."""
+SAMPLE = 64
+"""Draws that are kept of the posterior of each datum."""
+SURE, SLACK = 3.0, 0.02
+"""Standard errors, and nats beside them, by which an estimate must exceed another to count as different."""
 SMALLEST_SAMPLE = 10
 """Annealed data from which a correction of others is taken."""
 CORRECTED = "PSIS+AIS"
@@ -53,6 +65,22 @@ class Evidence:
     def is_doubtful(self) -> Tensor:
         """Whether k-hat is too high, and nothing was done about it, shape (rows,)."""
         return (self.k_hat > self.limit) & ~torch.tensor([by == CORRECTED for by in self.by])
+
+    @property
+    def se(self) -> Tensor:
+        """Standard errors, shape (rows,)."""
+        errors = torch.stack([*map(standard_error, self.influences.values()), self.apart])
+        return errors.square().sum(0).sqrt()
+
+    def exceeds(self, other: Evidence) -> Tensor:
+        """Tells where this estimate is larger by more than errors explain, shape (rows,)."""
+        return self.value - other.value > SURE * torch.hypot(self.se, other.se) + SLACK
+
+    def of(self, rows: Tensor) -> Evidence:
+        """Returns the estimates of some rows."""
+        every = {what: getattr(self, what)[rows] for what in ("value", "k_hat", "limit", "apart")}
+        influences = {stream: influence[:, rows] for stream, influence in self.influences.items()}
+        return replace(self, influences=influences, by=[self.by[row] for row in rows.tolist()], **every)
 
     def with_rows(self, rows: Tensor, other: Evidence, where: Tensor) -> Evidence:
         """Puts another estimate of some rows in the place of these, where a mask of them says so."""
@@ -115,91 +143,194 @@ def standard_error(influence: Tensor) -> Tensor:
     return influence.std(0) / math.sqrt(len(influence))
 
 
-def improved_evidence(
-    found: Evidence, joint: LocalJoint, optimum: Optimum, num_draws: int, num_annealed: int, progress: bool
-) -> Evidence:
-    """Estimates again where q* has too thin tails to be a good proposal.
+@dataclass(frozen=True)
+class Posterior:
+    """What weighted draws show of the posterior of each datum.
 
-    In up to 20 dimensions a datum, draws come from a mixture with a Student t of the posterior's moments. Data whose
-    k-hat is still too high are annealed, and so are, in more dimensions, all that k-hat does not call perfect: there
-    the smoothed weights were seen to be low by half a nat at a k-hat of 0.6. If these are too many, a random sample is
-    annealed, and the others are corrected by the mean of what that adds.
+    Attributes:
+        draws: Draws of it, shape (draws, rows, dim).
+        elsewhere: Share of its mass at other modes than that of q*, shape (rows,).
+    """
+
+    draws: Tensor
+    elsewhere: Tensor
+
+
+def improved_evidence(
+    found: Evidence, joint: LocalJoint, optimum: Optimum, modes: Modes, num_draws: int
+) -> tuple[Evidence, Posterior]:
+    """Estimates again where q* has too thin tails to be a good proposal, or misses mass.
+
+    Draws of every datum come from a mixture of q*, of normals and Student t at the modes, with the covariance of the
+    curvature there, and in few dimensions of one as wide as the prior. In up to 20 dimensions a second round adds a
+    Student t of the posterior's moments as the first shows them, where weights are still uneven. Since the log of a
+    mean weight is low rather than high, the larger of two estimates counts where they differ by more than their errors.
 
     Args:
         found: The evidence by draws from q*.
         joint: The latents of each datum.
         optimum: q*.
-        num_draws: Draws of each round from a mixture.
+        modes: The modes.
+        num_draws: Draws of each round.
+    """
+    parts = [
+        _by_mixture(joint, optimum, modes.of(rows), rows, num_draws)
+        for rows in pieces(joint.num_rows, LONGER * num_draws * joint.loc.shape[1], joint.loc)
+    ]
+    mixture = _joined([evidence for evidence, _ in parts])
+    posterior = Posterior(
+        torch.cat([part.draws for _, part in parts], 1), torch.cat([part.elsewhere for _, part in parts])
+    )
+    better = ((found.k_hat > GOOD_ENOUGH) & mixture.value.isfinite()) | mixture.exceeds(found)
+    return found.with_rows(torch.arange(len(better)), mixture, better), posterior
+
+
+def annealed_evidence(
+    found: Evidence, joint: LocalJoint, optimum: Optimum, modes: Modes | None, num_annealed: int, progress: bool
+) -> Evidence:
+    """Anneals the data whose importance weights are still too uneven.
+
+    In more than 20 dimensions these are all that k-hat does not call good by far: there the smoothed weights were seen
+    to be low by half a nat at a k-hat of 0.6. If they are too many, a random sample is annealed, and the others are
+    corrected by the mean of what that adds.
+
+    Args:
+        found: The evidence so far.
+        joint: The latents of each datum.
+        optimum: q*.
+        modes: The modes, from the first of which chains start; None to start from q*.
         num_annealed: How many data are annealed at most.
         progress: Whether to show progress bars.
     """
-    thin = (found.k_hat > GOOD_ENOUGH).nonzero().flatten()
-    if len(thin) and joint.loc.shape[1] <= MOST_DIMS:
-        mixture = _by_mixture(joint, optimum, thin, num_draws)
-        found = found.with_rows(thin, mixture, mixture.k_hat < found.k_hat[thin])
-        thin = found.is_doubtful.nonzero().flatten()
+    few = joint.loc.shape[1] <= MOST_DIMS
+    thin = (found.is_doubtful if few else found.k_hat > (GOOD_ENOUGH if modes is None else GOOD)).nonzero().flatten()
     order = thin[torch.randperm(len(thin))]
     chosen, others = order[:num_annealed], order[num_annealed:]
     if not len(chosen):
         return found
-    annealed = _by_annealing(joint, optimum, chosen, progress)
+    annealed = _by_annealing(joint, optimum, modes, chosen, progress)
     reached = annealed.value.isfinite()
+    better = reached & ~found.of(chosen).exceeds(annealed)
     if len(others) and int(reached.sum()) >= SMALLEST_SAMPLE:
-        found = found.corrected(others, (annealed.value - found.value[chosen])[reached])
-    return found.with_rows(chosen, annealed, reached)
+        found = found.corrected(others, torch.where(better, annealed.value - found.value[chosen], 0.0)[reached])
+    return found.with_rows(chosen, annealed, better)
 
 
-def _by_annealing(joint: LocalJoint, optimum: Optimum, rows: Tensor, progress: bool) -> Evidence:
-    """Anneals from q* to the posterior, chains of all data side by side."""
+def _by_annealing(joint: LocalJoint, optimum: Optimum, modes: Modes | None, rows: Tensor, progress: bool) -> Evidence:
+    """Anneals from a normal near the posterior, chains of all data side by side.
+
+    Where log weights spread by much, that of 64 chains does not show how far their mean is off: the error is then that
+    of a log-normal mean, and from a spread of 2 on the estimate is not to be trusted, whatever k-hat says.
+    """
+    at, tril = (optimum.loc[rows], None) if modes is None else (modes.loc[0, rows], modes.tril[0, rows])
     found = annealed_log_weights(
-        lambda values: joint.log_p(values, rows), optimum.loc[rows], optimum.scale[rows], progress=progress
+        lambda values: joint.log_p(values, rows), at, optimum.scale[rows], scale_tril=tril, progress=progress
     )
-    return estimate_evidence(found.log_weights.cpu(), flat=4.0, by="AIS", stream="AIS")
+    log_weights = found.log_weights.cpu()
+    evidence = estimate_evidence(log_weights, flat=4.0, by="AIS", stream="AIS")
+    spread = log_weights.where(log_weights.isfinite(), evidence.value).std(0)
+    of_log_normal = (spread.clamp(max=5.0).square().expm1() / len(log_weights)).sqrt()
+    seen = standard_error(evidence.influences["AIS"])
+    return replace(
+        evidence,
+        apart=(of_log_normal.square() - seen.square()).clamp(min=0).sqrt(),
+        limit=evidence.limit.where(spread < WIDEST_SPREAD, -math.inf),
+    )
 
 
-def _by_mixture(joint: LocalJoint, optimum: Optimum, rows: Tensor, num_draws: int) -> Evidence:
-    """Takes half of the draws from q* and half from a Student t, with weights against both as one mixture.
+@dataclass(frozen=True)
+class _Round:
+    """Weighted draws from a mixture, and what they show.
 
-    Its mean and covariance are those of the posterior as a first round of weighted draws shows them. The weights are
-    bounded by twice those of either.
+    Attributes:
+        values: Shape (draws, rows, dim).
+        log_ratio: log p - log q of the whole mixture, shape (draws, rows).
+        elsewhere: The share of other modes in the mixture's density at each draw, of the same shape.
+        evidence: The estimate.
+    """
+
+    values: Tensor
+    log_ratio: Tensor
+    elsewhere: Tensor
+    evidence: Evidence
+
+    @classmethod
+    def of(cls, joint: LocalJoint, mixture: Proposal, rows: Tensor, num_draws: int, stream: str) -> _Round:
+        values, chosen = mixture.sample(num_draws)
+        each = mixture.log_densities(values)
+        log_q = each.logsumexp(0)
+        log_ratio = joint.log_p(values, rows).double() - log_q
+        evidence = estimate_evidence(log_ratio, flat=4.0, by="mixture", stream=stream)
+        within = _within(evidence.influences[stream], chosen, len(mixture.components))
+        here = each.masked_fill(~mixture.elsewhere[:, None], -math.inf).logsumexp(0) - log_q
+        return cls(values, log_ratio, here.exp(), replace(evidence, influences={stream: within}))
+
+    @property
+    def posterior(self) -> Posterior:
+        """Draws by their weights, with replacement."""
+        weights = self.log_ratio.nan_to_num(-math.inf, math.inf, -math.inf).softmax(0).nan_to_num(1.0)
+        drawn = weights.T.contiguous().multinomial(SAMPLE, replacement=True).T
+        draws = self.values.gather(0, drawn[..., None].expand(-1, -1, self.values.shape[-1]))
+        return Posterior(draws, (weights * self.elsewhere).sum(0))
+
+
+def _by_mixture(
+    joint: LocalJoint, optimum: Optimum, modes: Modes, rows: Tensor, num_draws: int
+) -> tuple[Evidence, Posterior]:
+    """Weighs draws against the whole mixture that they come from; a second, longer round where weights are uneven.
 
     References:
         J.-M. Cornuet et al., Adaptive Multiple Importance Sampling, Scandinavian Journal of Statistics 2012,
         https://arxiv.org/abs/0907.1254
     """
     loc, scale = optimum.loc[rows], optimum.scale[rows]
-    own = dist.Normal(loc, scale).to_event(1)
-    half = num_draws // 2
+    first = _Round.of(joint, proposal(modes, loc, scale), rows, num_draws, "mixture")
+    found, posterior = first.evidence, first.posterior
+    uneven = (found.k_hat > GOOD_ENOUGH).nonzero().flatten()
+    if not len(uneven) or loc.shape[1] > MOST_DIMS:
+        return found, posterior
+    fitted = _fitted(first.values[:, uneven], first.log_ratio[:, uneven], scale[uneven])
+    wider = proposal(modes.of(uneven), loc[uneven], scale[uneven]).beside(fitted, 0.5)
+    second = _Round.of(joint, wider, rows[uneven], LONGER * num_draws, "second mixture")
+    better = second.evidence.value.isfinite()
+    chosen, again = uneven[better], second.posterior
+    return found.with_rows(uneven, second.evidence, better), Posterior(
+        posterior.draws.index_copy(1, chosen, again.draws[:, better]),
+        posterior.elsewhere.index_copy(0, chosen, again.elsewhere[better]),
+    )
 
-    def weighted_draws(tail: Any) -> tuple[Tensor, Tensor]:
-        values = torch.cat([own.sample((num_draws - half,)), tail.sample((half,))])
-        log_q = torch.logaddexp(own.log_prob(values), tail.log_prob(values)).double() - math.log(2)
-        return values, joint.log_p(values, rows).double() - log_q
 
-    values, log_ratio = weighted_draws(dist.MultivariateStudentT(5.0, loc, torch.diag_embed(1.5 * scale)))
-    _, log_ratio = weighted_draws(_fitted(values, log_ratio, scale))
-    return estimate_evidence(log_ratio, flat=4.0, by="mixture", stream="mixture")
+def _within(influence: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """Takes means over each component's draws out of influences, since how many draws it has is no chance.
 
-
-def correlation_cost(joint: LocalJoint, optimum: Optimum) -> float | None:
-    """Estimates what of the approximation gap is due to correlations within a datum, in nats a datum.
-
-    It is (sum_i log C_ii - log det C) / 2, the divergence of a normal of the posterior's covariance C from independent
-    ones, where weighted draws from q* show C; None where they do not.
+    Few draws do not show their mean.
     """
-    dim = joint.loc.shape[1]
-    rows = torch.arange(joint.num_rows)[:: -(-joint.num_rows // SOME_DATA)]
-    if dim == 1 or dim > MOST_DIMS:
-        return 0.0 if dim == 1 else None
-    with torch.no_grad():
-        values = optimum.loc[rows] + optimum.scale[rows] * torch.randn(SOME_DRAWS, len(rows), dim).to(joint.loc)
-        log_ratio = joint.log_p(values, rows) - joint.log_q(values, optimum.loc[rows], optimum.scale[rows], rows)
-    _, cov, effective = _weighted_moments(values, log_ratio)
-    told = effective > 20 * dim
-    if not bool(told.any()):
-        return None
-    cov = cov[told].double()
-    return float((cov.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(cov)).mean() / 2)
+    for place in range(count):
+        here = (chosen == place).to(influence)
+        number = here.sum(0)
+        mean = (influence * here).sum(0) / number.clamp(min=1)
+        freedom = (number / (number - 1).clamp(min=1)).sqrt()
+        centred = torch.where(number < SMALLEST_STRATUM, influence, (influence - mean) * freedom)
+        influence = torch.where(here > 0, centred, influence)
+    return influence
+
+
+def _joined(parts: list[Evidence]) -> Evidence:
+    """Puts estimates of some rows after those of others, draws of which are independent."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = {stream: len(part.influences[stream]) for part in parts for stream in part.influences}
+    return Evidence(
+        value=torch.cat([part.value for part in parts]),
+        influences={
+            stream: torch.cat([p.influences.get(stream, p.value.new_zeros(size, len(p.value))) for p in parts], 1)
+            for stream, size in sizes.items()
+        },
+        k_hat=torch.cat([part.k_hat for part in parts]),
+        limit=torch.cat([part.limit for part in parts]),
+        by=[by for part in parts for by in part.by],
+        apart=torch.cat([part.apart for part in parts]),
+    )
 
 
 def _weighted_moments(values: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +343,7 @@ def _weighted_moments(values: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor
 
 def _fitted(values: Tensor, log_ratio: Tensor, scale: Tensor) -> Any:
     """Returns a Student t of the posterior's moments, as weighted draws show them, shrunk where these are few."""
-    dim = values.shape[-1]
+    values, scale, dim = values.double(), scale.double(), values.shape[-1]
     mean, cov, effective = _weighted_moments(values, log_ratio)
     trust = (effective / (effective + 5 * dim))[:, None, None]
     diagonal = torch.diag_embed(torch.maximum(cov.diagonal(dim1=-2, dim2=-1), scale.square()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,27 +12,27 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_amortize import plots
+from pyro_amortize import digits, doubts, plots
 from pyro_amortize.advice import advise, generalization
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
+from pyro_amortize.doubts import SLACK
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
-from pyro_amortize.evidence import CORRECTED, Evidence, correlation_cost, estimate_evidence, improved_evidence
+from pyro_amortize.evidence import Evidence, Posterior, annealed_evidence, estimate_evidence, improved_evidence
 from pyro_amortize.fit import SVIFit, seeded
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.optimum import TOLERANCE, Optimum, as_guide, data_plate, local_joint, record, search
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
+from pyro_amortize.proposals import Modes, find_modes
 from pyro_amortize.reference import drawn_globals, held_globals, local_sites, site_answers
 from pyro_amortize.steps import Options
 
 BLOCK_DRAWS = 50
 OF_EVIDENCE = ("log_evidence", "approximation_gap", "inference_gap")
-SLACK = 1e-3
-"""Nats a datum by which the encoder may beat q* without a word."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +103,21 @@ class GapReport:
         rows = "" if self.per_datum is None else f" of {len(self.per_datum)} data"
         held = ", ".join(self.given)
         head = f"GapReport{rows}, in nats, {self.num_draws} draws" + (f", given {held}" if held else "")
-        lines = [head, self.summary().to_string(float_format=_number, na_rep="-")]
+        lines = [head, digits.table(self.summary())]
         if self.per_datum is not None:
-            k = self.per_datum["khat"]
+            own, k = self.per_datum["khat"], self.per_datum["khat_evidence"]
             by = self.per_datum["estimator"].value_counts()
             estimators = ", ".join(f"{name} for {count}" for name, count in by.items())
-            lines.append(f"k-hat: median {k.median():.2f}, max {k.max():.2f}; evidence by {estimators}")
+            lines.append(
+                f"k-hat of the guide: median {own.median():.2f}, max {own.max():.2f}; of the evidence: median "
+                f"{k.median():.2f}, max {k.max():.2f}; evidence by {estimators}"
+            )
         if len(self.blocks) > 1:
-            lines += ["encoder by encoder:", self.blocks.to_string(float_format=_number, na_rep="-")]
+            lines += ["encoder by encoder:", digits.table(self.blocks)]
         if self.generalization is not None:
-            lines += ["seen and unseen data:", self.generalization.to_string(float_format=_number, na_rep="-")]
+            lines += ["seen and unseen data:", digits.table(self.generalization)]
         lines += [f"advice: {text}" for text in self.advice]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def amortization_gap(
@@ -142,7 +140,9 @@ def amortization_gap(
 
     For every datum the guide's ELBO is set against that of q*, the best member of its family (a table, see
     :func:`~pyro_amortize.optimum.fit_optimum`), and against log p(x_n | globals): by importance sampling from q*,
-    Pareto smoothed; where k-hat is high, from a mixture of q* and a Student t, and by annealed importance sampling.
+    Pareto smoothed; where k-hat is high, or q* misses a mode, from a mixture with normals of the posterior's own
+    curvature at its modes, which ascents from draws of the prior look for; and where that is too little, by annealed
+    importance sampling.
     The same random numbers serve the guide and q*, so differences have small errors. Model and guide are left as found.
 
     Main arguments:
@@ -237,19 +237,29 @@ class _Found:
     Attributes:
         parts: Each quantity per datum.
         evidence: Behind the log evidence.
+        k_hat: Of the weights of the guide's own draws, shape (rows,).
+        modes: Of each datum's posterior, where they are known.
+        posterior: What weighted draws show of it.
         optimum: The fit of q*, if there is one.
         blocks: For each block what its encoder alone costs.
         lead: By how much the encoder is better than one answer for all data, and q* than that.
-        correlated: What of the approximation gap is due to correlations that q* has not, nats a datum.
     """
 
     parts: dict[str, Part]
     evidence: Evidence
+    k_hat: Tensor
+    modes: Modes | None
+    posterior: Posterior | None
     optimum: SVIFit | None
     blocks: dict[str, Part]
     lead: tuple[Part, Part] | None
-    correlated: float | None
     doubts: tuple[str, ...]
+
+    @property
+    def correlated(self) -> float | None:
+        """What of the approximation gap is due to correlations that q* has not, nats a datum, where that is known."""
+        known = None if self.modes is None else self.modes.correlation[~self.modes.correlation.isnan()]
+        return None if known is None or not len(known) else float(known.mean())
 
 
 class _Measure:
@@ -274,7 +284,7 @@ class _Measure:
 
     def at(self, held: dict[str, Tensor]) -> _Found:
         """Measures everything with the globals held."""
-        start, doubts = time.perf_counter(), []
+        start, remarks = time.perf_counter(), []
         model, guide = (poutine.condition(program, data=held) for program in (self.model, self.guide))
         joint, optimum, fit, best = None, None, None, None
         with preserved(model, guide, evaluating=True), poutine.block(), seeded(self.options.seed):
@@ -287,22 +297,25 @@ class _Measure:
                 fit = record(joint, table, optimum, best.sum(-1), start)
             except NotImplementedError as reason:
                 joint = optimum = None
-                doubts.append(f"no split into approximation and amortization: {reason}")
+                remarks.append(f"no split into approximation and amortization: {reason}")
             evidence = estimate_evidence(encoded if best is None else best)
+            k_hat, modes, posterior = estimate_evidence(encoded).k_hat, None, None
             if joint is not None and optimum is not None and self.plate is not None:
+                modes = find_modes(joint, optimum.loc, optimum.scale)
                 with torch.no_grad():
-                    evidence = improved_evidence(
-                        evidence, joint, optimum, self.num_draws, self.sizes.num_annealed, self.options.progress
+                    if modes is not None:
+                        evidence, posterior = improved_evidence(evidence, joint, optimum, modes, self.num_draws)
+                    evidence = annealed_evidence(
+                        evidence, joint, optimum, modes, self.sizes.num_annealed, self.options.progress
                     )
             parts = gaps(encoded, best, None if optimum is None else optimum.shortfall.cpu().double(), evidence)
             if any(abs(scale - 1) > 1e-6 for scale in self._scales(guide)):
-                doubts.append("no evidence: poutine.scale stands around local latents, and a scaled ELBO bounds none")
+                remarks.append("no evidence: poutine.scale stands around local latents, and a scaled ELBO bounds none")
                 parts = {name: part for name, part in parts.items() if name not in OF_EVIDENCE}
-            blocks, lead, correlated = {}, None, None
+            blocks, lead = {}, None
             if joint is not None and optimum is not None:
                 blocks, lead = _block_by_block(joint, optimum, parts["amortization_gap"]), _lead(joint, optimum)
-                correlated = correlation_cost(joint, optimum) if self.plate is not None else None
-        return _Found(parts, evidence, fit, blocks, lead, correlated, tuple(doubts))
+        return _Found(parts, evidence, k_hat, modes, posterior, fit, blocks, lead, tuple(remarks))
 
     def _own_plan(self) -> AmortizationPlan:
         """Returns the guide's plan, whose blocks are its encoders; the model's, where the guide has others."""
@@ -358,7 +371,13 @@ class _Measure:
         if lacking is not None:
             parts["conditioning_gap"] = lacking.part
         per_datum = None if self.plate is None else _per_datum(parts, found)
-        warnings = [*self.remarks, *found[0].doubts, *_doubts(parts, found, self.options), *self._collapse(found[0])]
+        warnings = [
+            *self.remarks,
+            *found[0].doubts,
+            *doubts.of_optimum(parts, self.options.num_steps),
+            *(doubts.of_evidence([e.evidence for e in found], found[0].posterior) if "log_evidence" in parts else ()),
+            *doubts.of_collapse(self.sites[0], found[0].lead),
+        ]
         between = None if unseen is None else generalization(per_datum, unseen.per_datum)
         rows = self._num_elements() if per_datum is None else len(per_datum)
         judged = getattr(self.guide, "plan", None) or self.plan
@@ -388,18 +407,6 @@ class _Measure:
         block = next(block for block in self.plan.blocks if block.amortized)
         return max(1, self.plan.plates.get(block.plates[0], 1)) if block.plates else 1
 
-    def _collapse(self, found: _Found) -> list[str]:
-        """Warns if the encoder says no more than one row of parameters for all data does."""
-        if found.lead is None:
-            return []
-        (lead, se), (possible, _) = (part.total for part in found.lead)
-        if not math.isfinite(lead) or lead > max(2 * se, 0.02 * possible) or possible < 5:
-            return []
-        return [
-            f"the encoder is no better than Constant(), one answer for all data: {lead:.3g} ± {se:.2g} nats, where q* "
-            f"is better by {possible:.3g}; '{self.sites[0]}' collapsed. Train longer, or use a wider encoder"
-        ]
-
 
 def _stacked(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([held[name] for held in values]) for name in values[0]}
@@ -417,7 +424,8 @@ def _per_datum(parts: dict[str, Part], found: list[_Found]) -> pd.DataFrame:
     """Returns the table of all data."""
     table = frame(parts)
     evidence = [each.evidence for each in found]
-    table["khat"] = torch.stack([each.k_hat for each in evidence]).max(0).values.numpy()
+    table["khat"] = torch.stack([each.k_hat for each in found]).max(0).values.numpy()
+    table["khat_evidence"] = torch.stack([each.k_hat for each in evidence]).max(0).values.numpy()
     table["estimator"] = evidence[0].by
     if "amortization_gap" in parts:
         gap = parts["amortization_gap"]
@@ -425,48 +433,6 @@ def _per_datum(parts: dict[str, Part], found: list[_Found]) -> pd.DataFrame:
     for name in found[0].parts if len(found) > 1 else ():
         table[f"{name}_spread"] = torch.stack([each.parts[name].value for each in found]).std(0).numpy()
     return table
-
-
-def _doubts(parts: dict[str, Part], found: list[_Found], options: Options) -> list[str]:
-    """Says what there is to doubt: a q* that is no optimum, and weights with too heavy tails."""
-    doubts = []
-    lost = (~parts["elbo"].value.isfinite()).nonzero().flatten().tolist()
-    if lost:
-        doubts.append(
-            f"the guide's ELBO is not finite on {len(lost)} of {len(parts['elbo'].value)} data ({lost[:5]}): some of "
-            f"its draws have density 0 in the model or overflow it, so totals are NaN or infinite"
-        )
-    if "amortization_gap" in parts:
-        gap = parts["amortization_gap"]
-        total, total_se = gap.total
-        below = int((gap.value < -2 * gap.se - SLACK).sum())
-        by_chance = 0.0228 * len(gap.value)
-        if total < -2 * total_se - SLACK * len(gap.value) or below > by_chance + 3 * by_chance**0.5:
-            doubts.append(
-                f"the optimum did not converge: the encoder beats it on {below} data by more than two standard errors, "
-                f"amortization gap {total:.3g} ± {total_se:.2g} in total; raise num_steps={2 * options.num_steps}"
-            )
-        short = float(gap.shortfall.mean())
-        if short > TOLERANCE:
-            doubts.append(
-                f"the optimum is short by about {short:.2g} nats a datum, as its last gradients show: the amortization "
-                f"gap is larger by that, the approximation gap smaller; raise num_steps={2 * options.num_steps}"
-            )
-    doubtful = torch.stack([each.evidence.is_doubtful for each in found]).any(0)
-    if bool(doubtful.any()) and "log_evidence" in parts:
-        doubts.append(
-            f"k-hat is too high on {int(doubtful.sum())} of {len(doubtful)} data: their evidence, approximation and "
-            f"inference gaps are in doubt, likely too small; raise num_annealed={len(doubtful)} or num_draws"
-        )
-    evidence = found[0].evidence
-    if evidence.correction is not None:
-        mean, se = evidence.correction
-        doubts.append(
-            f"the evidence of {evidence.by.count(CORRECTED)} data is by importance sampling, raised by {mean:.3g} ± "
-            f"{se:.2g} nats, which is what annealing a sample of {evidence.by.count('AIS')} added; for the data one by "
-            f"one raise num_annealed={len(evidence.by)}"
-        )
-    return doubts
 
 
 def _block_by_block(joint: LocalJoint, optimum: Optimum, whole: Part) -> dict[str, Part]:

@@ -119,8 +119,8 @@ class LocalJoint:
         with Subsample(self._way.plate.name, rows) if self._way.inject else nullcontext():
             return self._log_p(values, rows, args, kwargs)
 
-    def prior_moments(self) -> tuple[Tensor, Tensor]:
-        """Returns means and standard deviations of the latents under the model, of 64 draws; 0 and 1 if improper."""
+    def prior_draws(self) -> Tensor:
+        """Returns 64 draws of the latents from the model, shape (draws, rows, dim); NaN where there are none."""
         model = side_by_side(self.model, PRIOR_DRAWS, self.evaluation.nesting)
         nodes: dict[str, Any] = {}
         try:
@@ -129,17 +129,21 @@ class LocalJoint:
                     nodes = poutine.trace(model).get_trace(*self.args, **self.kwargs).nodes
         except (NotImplementedError, ValueError, RuntimeError):  # a flat prior has no draws
             pass
-        moments = []
+        parts = []
         for site in self.sites:
-            draws = site.unconstrained(nodes[site.name]["value"]) if site.name in nodes else None
-            if draws is None or not bool(draws.isfinite().all()):
-                moments.append((torch.zeros_like(site.loc), torch.ones_like(site.loc)))
+            if site.name in nodes:
+                draws = site.unconstrained(nodes[site.name]["value"])
             else:
-                moments.append((draws.mean(0), draws.std(0).clamp(min=1e-3)))
-        loc, scale = (
-            torch.cat([m.reshape(self.num_rows, -1) for m in part], -1) for part in zip(*moments, strict=True)
-        )
-        return loc, scale
+                draws = site.loc.new_full((PRIOR_DRAWS, *site.loc.shape), torch.nan)
+            parts.append(draws.reshape(PRIOR_DRAWS, self.num_rows, -1))
+        return torch.cat(parts, -1)
+
+    def prior_moments(self) -> tuple[Tensor, Tensor]:
+        """Returns means and standard deviations of the latents under the model, of 64 draws; 0 and 1 if improper."""
+        draws = self.prior_draws()
+        known = draws.isfinite().all(0)
+        loc, scale = draws.mean(0), draws.std(0).clamp(min=1e-3)
+        return loc.where(known, torch.zeros_like(loc)), scale.where(known, torch.ones_like(scale))
 
     def by_site(self, loc: Tensor, scale: Tensor) -> Iterator[tuple[Coordinates, Tensor, Tensor]]:
         """Yields each site with its means and standard deviations, all data's, in the normal's own shape."""

@@ -59,9 +59,11 @@ def gaps(per_datum: pd.DataFrame, k_threshold: float, unseen: pd.DataFrame | Non
     left.legend(frameon=False, fontsize="small")
     _worst(middle, per_datum.nlargest(num_worst, "inference_gap"), shown)
     for marker, (by, rows) in zip("os^", per_datum.groupby("estimator"), strict=False):
-        right.scatter(rows["khat"], rows["inference_gap"], s=12, marker=marker, alpha=0.7, label=f"evidence by {by}")
+        right.scatter(
+            rows["khat_evidence"], rows["inference_gap"], s=12, marker=marker, alpha=0.7, label=f"evidence by {by}"
+        )
     right.axvline(k_threshold, linestyle="--", color="0.5", linewidth=1)
-    right.set(xlabel="k-hat (right of the line draws do not suffice)", ylabel="inference gap, nats")
+    right.set(xlabel="k-hat of the evidence (right of the line draws do not suffice)", ylabel="inference gap, nats")
     right.legend(frameon=False, fontsize="small")
     return figure
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_amortize.arviz_bridge import ess, good_k, psis, r_hat
-from pyro_amortize.evidence import Evidence, estimate_evidence, improved_evidence, standard_error
+from pyro_amortize.evidence import Evidence, annealed_evidence, estimate_evidence, standard_error
 
 
 def weights(narrow, draws=20_000, rows=12):
@@ -70,10 +70,10 @@ def test_annealed_data_are_replaced_and_the_others_corrected_by_them(monkeypatch
     exact = torch.linspace(-3.0, 3.0, rows, dtype=torch.float64)
     monkeypatch.setattr(
         "pyro_amortize.evidence._by_annealing",
-        lambda joint, optimum, chosen, progress: evidence(exact[chosen], 0.44, 0.446, "AIS", "AIS"),
+        lambda joint, optimum, modes, chosen, progress: evidence(exact[chosen], 0.44, 0.446, "AIS", "AIS"),
     )
     joint = SimpleNamespace(loc=torch.zeros(rows, 30))
-    found = improved_evidence(evidence(exact - low, 0.3, 0.667, "PSIS", "common"), joint, None, 100, 15, False)
+    found = annealed_evidence(evidence(exact - low, 0.3, 0.667, "PSIS", "common"), joint, None, None, 15, False)
     assert sorted(set(found.by)) == ["AIS", "PSIS+AIS"]
     assert found.by.count("AIS") == 15
     torch.testing.assert_close(found.value, exact)

@@ -51,7 +51,7 @@ def report():
 class TestReport:
     def test_columns(self, report):
         names = [column for quantity in QUANTITIES for column in (quantity, f"{quantity}_se")]
-        assert list(report.per_datum) == [*names, "khat", "estimator", "converged"]
+        assert list(report.per_datum) == [*names, "khat", "khat_evidence", "estimator", "converged"]
         assert len(report.per_datum) == 40
         assert report.per_datum.notna().all().all()
 
@@ -246,7 +246,7 @@ class TestErrors:
             assert "the encoder of 'data' loses" in encoder
             assert "the model's structure lets it vanish" in encoder
             assert "independent normals lose" in family
-            assert "correlations between the latents of a datum make 0.2" in family
+            assert "correlations between the latents of a datum make 0.29" in family
 
     def test_nothing_is_hidden(self, reports):
         for report in reports[1]:
@@ -405,7 +405,7 @@ def test_each_encoder_s_share():
     assert "encoder by encoder" in str(report)
 
 
-def test_annealing_where_draws_from_q_do_not_suffice():
+def test_strong_correlations_in_many_dimensions():
     """A posterior whose 30 latents are strongly correlated, so that independent normals are poor proposals."""
     ones = torch.ones(30, dtype=torch.float64)
 
@@ -419,13 +419,10 @@ def test_annealing_where_draws_from_q_do_not_suffice():
     fit_svi(summed, guide, x, num_steps=500, seed=0, progress=False)
     exact = dist.Normal(0.0, math.sqrt(30.25)).log_prob(x).numpy()
     report = amortization_gap(summed, guide, x, progress=False)
-    assert set(report.per_datum["estimator"]) == {"AIS"}
+    assert set(report.per_datum["estimator"]) == {"mixture"}  # with normals of the posterior's own covariance
     error = (report.per_datum["log_evidence"] - exact) / report.per_datum["log_evidence_se"]
     assert error.abs().max() < 4
-    assert report.per_datum["log_evidence_se"].max() < 0.3
-    none = amortization_gap(summed, guide, x, num_annealed=0, progress=False)
-    assert set(none.per_datum["estimator"]) == {"PSIS"}
-    assert any("k-hat is too high on 6 of 6 data" in text and "num_annealed=6" in text for text in none.warnings)
+    assert report.per_datum["log_evidence_se"].max() < 0.05
     precision = torch.eye(30, dtype=torch.float64) + 4 * torch.outer(ones, ones)
     gap = float((precision.diagonal().log().sum() - torch.logdet(precision)) / 2)
     error = (report.per_datum["approximation_gap"] - gap) / report.per_datum["approximation_gap_se"]
@@ -582,6 +579,23 @@ def test_a_density_that_overflows_is_told():
             pyro.sample("z", dist.Normal(torch.where(x > 100, x, (x + 1).log()), 0.3))
 
     report = amortization_gap(counts, guide, torch.tensor([0.0, 2.0, 200.0]), progress=False)
-    assert any("ELBO is not finite on 1 of 3 data ([2])" in text for text in report.warnings)
+    assert any("ELBO is not finite on 1 of 3 data (rows 2)" in text for text in report.warnings)
     assert report.optimum.guide.posterior(torch.tensor([0.0, 2.0, 200.0])).mean["z"][2] == pytest.approx(5.27, abs=0.05)
     report.plot()
+
+
+def test_k_hat_is_that_of_the_guide_and_that_of_the_evidence_stands_beside_it():
+    """Of normals that are too narrow by known factors: the shape of their weights' tail is 1 - factor^2."""
+    factors = torch.tensor([1.0, 0.9, 0.6, 0.3], dtype=torch.float64)
+
+    def guide(x):
+        pyro.sample("theta", dist.Normal(0.5, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + 0.5) / 2, math.sqrt(0.5) * factors))
+
+    x, given = DATA[:4].double(), {"theta": torch.tensor(0.5, dtype=torch.float64)}
+    report = amortization_gap(model, guide, x, given=given, num_draws=5000, progress=False)
+    assert report.per_datum["khat"].to_numpy() == pytest.approx((1 - factors**2).numpy(), abs=0.2)
+    assert (report.per_datum["khat_evidence"] < 0.3).all()
+    assert report.warnings == ()
+    assert "k-hat of the guide: median" in str(report)

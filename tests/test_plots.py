@@ -14,7 +14,7 @@ PNG = b"\x89PNG"
 def figure():
     gap = [0.1, 0.2, 0.4]
     columns = {"amortization_gap": gap, "approximation_gap": gap, "inference_gap": gap, "inference_gap_se": gap}
-    return plots.gaps(pd.DataFrame({**columns, "khat": gap, "estimator": "PSIS"}), 0.7)
+    return plots.gaps(pd.DataFrame({**columns, "khat": gap, "khat_evidence": gap, "estimator": "PSIS"}), 0.7)
 
 
 def test_a_notebook_shows_a_figure_before_pyplot_has_made_one(figure):

@@ -124,19 +124,19 @@ figure
 # 0.62 for our 400. From there to 1 one would need far more draws, and estimates tend to be too low; above 1, as far as
 # the draws can tell, the weights have no mean ([Vehtari et al., 2024](https://arxiv.org/abs/1507.02646)).
 #
-# It judges the proposal, $q^*$ or a mixture of it with a Student t of heavier tails: so it casts doubt on
+# It judges the proposal, $q^*$ or a mixture of it with normals of the posterior's own curvature: so it casts doubt on
 # $\log p(x_n)$ and on the two gaps that are measured from there. It does *not* judge the encoder: the amortization gap
 # is a difference of two ELBOs, without weights. For the digits of the highest k-hat, take ten times as many draws, and
 # anneal those that are in doubt even then:
 
 # %%
-doubted = before.per_datum.nlargest(NUM_DOUBTED, "khat")
+doubted = before.per_datum.nlargest(NUM_DOUBTED, "khat_evidence")
 more = {**GAP, "num_draws": 10 * GAP["num_draws"], "num_annealed": NUM_DOUBTED if FULL else 0}
 again = amortization_gap(vae, guide, few[torch.tensor(doubted.index.to_numpy())], **more).per_datum
 again.index = doubted.index
 raised = again["log_evidence"] - doubted["log_evidence"]
 print(f"log p(x) changes by {raised.mean():.2f} nats a digit on average, {raised.abs().max():.2f} at most")
-columns = ["khat", "estimator", "log_evidence", "log_evidence_se"]
+columns = ["khat_evidence", "estimator", "log_evidence", "log_evidence_se"]
 pd.concat({f"{GAP['num_draws']} draws": doubted[columns], "ten times as many": again[columns]}, axis=1).round(2)
 
 # %% [markdown]
