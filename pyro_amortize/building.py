@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from pyro_amortize.encoders import (
     Recurrent,
     Rows,
     Table,
+    Window,
     encoder_for,
     is_of,
     on_rows,
@@ -38,6 +40,15 @@ from pyro_amortize.structure import Structure
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits, support_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+CLASSES: dict[Any, str] = {
+    MLP: "MLP((64, 64))",
+    DeepSets: "DeepSets()",
+    Window: "Window(radius=1)",
+    Recurrent: "Recurrent()",
+    Table: "Table()",
+    Constant: "Constant()",
+}
+"""The encoders of this package, of which users make instances."""
 
 
 class Builder:
@@ -180,11 +191,11 @@ class Builder:
             except ValueError as error:
                 sites = ", ".join(f"'{site}'" for site in block.sites)
                 raise ValueError(f"{self.kind}: for {sites}, {error}") from None
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 raise ValueError(
                     f"{self.kind}: the encoder of {list(block.sites)} does not take its data, of which every "
-                    f"row has {rows.shape[-1]} features (pooled ones included): {error}. Pass a function of their "
-                    f"number: encoder=lambda in_features: ..."
+                    f"row has {rows.shape[-1]} features (pooled ones included): {error}. Expected a module of one "
+                    f"input, shape (rows, features). Pass a function of their number: encoder=lambda in_features: ..."
                 ) from None
 
     def start(
@@ -272,14 +283,26 @@ def _made(encoder: Any, block: Block, in_features: int) -> nn.Module:
     return module
 
 
+def check_inputs(guide: str, inputs: Any) -> None:
+    """Refuses an ``inputs=`` that is none."""
+    for value in inputs.values() if isinstance(inputs, dict) else [inputs]:
+        names = [value] if isinstance(value, str) else value
+        is_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if not (value is None or is_names or callable(value)):
+            raise ValueError(
+                f"{guide}: inputs={inputs!r}. Expected a name or a list of names of arguments and observed sites, a "
+                f"function of the model's arguments, or a dict from site or plate name to these."
+            )
+
+
 def check_encoder(guide: str, encoder: Any) -> None:
     """Refuses an ``encoder=`` that is none."""
     for value in encoder.values() if isinstance(encoder, dict) else [encoder]:
-        if not (value is None or isinstance(value, (Table, Constant)) or callable(value)) or value in (
-            MLP,
-            Table,
-            Constant,
-        ):
+        if inspect.isclass(value) and value in CLASSES:
+            raise ValueError(
+                f"{guide}: encoder={value.__name__} is a class. Expected an instance: encoder={CLASSES[value]}."
+            )
+        if not (value is None or isinstance(value, (Table, Constant)) or callable(value)):
             raise ValueError(
                 f"{guide}: encoder={value!r}. Expected None, an nn.Module, a callable from the number of features to "
                 f"an nn.Module such as MLP((64, 64)), Table(), Constant(), or a dict from site or plate name to these."

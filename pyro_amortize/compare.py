@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from inspect import signature
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
 from pyro_amortize import digits, plots
+from pyro_amortize.arguments import check_model, check_options, named
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
 from pyro_amortize.encoders import Rows, Table
@@ -30,6 +32,8 @@ from pyro_amortize.steps import Options, guide_parameters
 
 METHODS = ("amortized", "mean_field", "mcmc")
 STEPS = "svi={'num_steps': ..., 'num_particles': ...}"
+OF_SVI = tuple(option.name for option in fields(Options))
+OF_MCMC = tuple(name for name in signature(run_mcmc).parameters if name not in ("model", "args", "model_kwargs"))
 PYROS_OWN = (AutoGuide, AutoMessenger)
 KNOWN = ("amortized", "mean_field", "mean_field_warm", "mcmc")
 COLUMNS = (
@@ -101,10 +105,11 @@ class Comparison:
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
+@named
 def compare_inference(
     model: Model,
     *args: Any,
-    methods: tuple[str, ...] | Mapping[str, Any] = METHODS,
+    methods: str | tuple[str, ...] | Mapping[str, Any] = METHODS,
     svi: Mapping[str, Any] | None = None,
     mcmc: Mapping[str, Any] | None = None,
     num_draws: int = 1000,
@@ -159,10 +164,13 @@ def compare_inference(
         C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
         https://arxiv.org/abs/2307.11018
     """
-    kwargs = model_kwargs or {}
-    asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    kwargs = check_model("compare_inference", model, args, model_kwargs)
+    names = (methods,) if isinstance(methods, str) else methods
+    asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in names}
     _check_methods(asked)
-    options = Options(**{"seed": seed, "progress": progress, **(svi or {})})
+    svi = check_options("compare_inference", "svi", svi, OF_SVI)
+    mcmc = check_options("compare_inference", "mcmc", mcmc, OF_MCMC)
+    options = Options(**{"seed": seed, "progress": progress, **svi})
     state = pyro.util.get_rng_state()
     with preserved(model) as held:
         pyro.util.set_rng_state(state)
@@ -171,7 +179,7 @@ def compare_inference(
             if what != "mcmc":
                 fitting.fit(label, what)
         for label in (label for label, what in asked.items() if what == "mcmc"):
-            fitting.draw(label, {"seed": seed, "progress": progress, **(mcmc or {})})
+            fitting.draw(label, {"seed": seed, "progress": progress, **mcmc})
         fits = {label: fitting.fits[label] for label in asked if label in fitting.fits}
         ratios, warnings = fitting.ratios, fitting.warnings
         num_rows = _num_rows(model, fits, args, kwargs)

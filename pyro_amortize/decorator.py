@@ -70,7 +70,8 @@ class AmortizedModel(PyroModule):
         The method "amortized" is a new guide with the options of this model's.
         """
         methods = options.pop("methods", METHODS)
-        asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+        names = (methods,) if isinstance(methods, str) else methods
+        asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in names}
         fresh = {
             label: guide_apart(self, **self.__dict__["_guide_options"]) if what == "amortized" else what
             for label, what in asked.items()

@@ -37,7 +37,7 @@ class MLP:
     activation: type[nn.Module] = nn.SiLU
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        object.__setattr__(self, "hidden_dims", _widths(self, "hidden_dims"))
 
     def __call__(self, in_features: int) -> nn.Module:
         return _layers(in_features, self.hidden_dims, self.activation)
@@ -72,8 +72,8 @@ class DeepSets:
     activation: type[nn.Module] = nn.SiLU
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
-        object.__setattr__(self, "phi_dims", tuple(self.phi_dims))
+        object.__setattr__(self, "hidden_dims", _widths(self, "hidden_dims"))
+        object.__setattr__(self, "phi_dims", _widths(self, "phi_dims"))
 
     def __call__(self, in_features: int) -> nn.Module:
         return _layers(in_features, self.hidden_dims, self.activation)
@@ -113,7 +113,7 @@ class Window:
     along: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        object.__setattr__(self, "hidden_dims", _widths(self, "hidden_dims"))
         if not (isinstance(self.radius, int) and self.radius >= 0):
             raise ValueError(f"Window: radius={self.radius!r}. Expected the number of neighbours on either side.")
 
@@ -156,7 +156,7 @@ class Recurrent:
     along: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+        object.__setattr__(self, "hidden_dims", _widths(self, "hidden_dims"))
 
     def __call__(self, in_features: int) -> nn.Module:
         return _layers(in_features, self.hidden_dims, self.activation)
@@ -177,6 +177,16 @@ def _own(network: Any, in_features: int) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ValueError(f"network: called with the number of features, it returned a {type(made).__name__}.")
     return made
+
+
+def _widths(encoder: object, name: str) -> tuple[int, ...]:
+    """Returns the widths of an encoder's layers; refuses what are none."""
+    dims, kind = getattr(encoder, name), type(encoder).__name__
+    if isinstance(dims, Sequence) and all(isinstance(dim, int) and dim > 0 for dim in dims):
+        return tuple(dims)
+    raise ValueError(
+        f"{kind}: {name}={dims!r}. Expected a tuple, the width of each layer: {kind}({name}=(32,)), or () for none."
+    )
 
 
 def _layers(in_features: int, dims: Sequence[int], activation: type[nn.Module]) -> nn.Module:

@@ -41,7 +41,7 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
         kwargs: Its keyword arguments.
 
     Raises:
-        ValueError: An argument is a numpy array.
+        ValueError: An argument is a numpy array, or one of pandas that the model takes for a tensor.
     """
     call = Call(model, args, kwargs)
     for name, value in call.leaves.items():
@@ -51,7 +51,16 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
                 f"Pass torch.as_tensor({name})."
             )
     parts = (_examined_in_part(model, long) for long in Long.ways(call))
-    return next((facts for facts in parts if facts is not None), None) or _examined(model, call)
+    try:
+        return next((facts for facts in parts if facts is not None), None) or _examined(model, call)
+    except (AttributeError, TypeError, ValueError) as error:
+        frames = [name for name, value in call.leaves.items() if type(value).__module__.startswith("pandas")]
+        if not frames:
+            raise
+        raise ValueError(
+            f"plan_amortization: the model fails on argument '{frames[0]}', of pandas; Pyro's densities need tensors. "
+            f"Pass torch.as_tensor({frames[0]}.to_numpy())."
+        ) from error
 
 
 def _examined(model: Model, call: Call) -> Structure:

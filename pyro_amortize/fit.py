@@ -13,9 +13,11 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.optim.optim import PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
 from pyro_amortize.excerpt import LARGE, random_rows
@@ -73,6 +75,7 @@ class SVIFit:
         )
 
 
+@named
 def fit_svi(
     model: Model,
     guide: Model,
@@ -80,7 +83,7 @@ def fit_svi(
     num_steps: int = 2000,
     batch_size: int | None = None,
     lr: float = 0.01,
-    optim: Optimizer | None = None,
+    optim: Optimizer | PyroOptim | None = None,
     loss: Any = None,
     num_particles: int = 1,
     compile: bool | str = "auto",
@@ -94,7 +97,7 @@ def fit_svi(
 
     Main arguments:
         model: A Pyro model.
-        guide: Its guide, generated or written by hand.
+        guide: Its guide, generated or written by hand; a fit stands for its guide.
         args: The model's positional arguments, all data.
         num_steps: Number of steps.
         batch_size: Rows a step; the model need not be changed for it. Used where it is exact, else a warning says why
@@ -105,7 +108,7 @@ def fit_svi(
         model_kwargs: The model's keyword arguments.
 
     Other Arguments:
-        optim: Makes a torch optimizer from a list of parameters; ``Adam(lr)`` by default.
+        optim: Makes a torch optimizer from a list of parameters, or is one of Pyro's; ``Adam(lr)`` by default.
         loss: A Pyro ELBO, or a function as ``SVI`` takes. By default ``TraceEnum_ELBO`` where the model marks discrete
             latents for enumeration that the guide does not sample, or a generated guide amortizes discrete ones; else
             ``TraceMeanField_ELBO`` for generated guides, whose KL divergence is analytic where it can be, and
@@ -123,7 +126,8 @@ def fit_svi(
         The record of the fit; its ``guide`` is the one passed.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or model and guide are swapped.
+        TypeError: An option is not known, or the arguments do not fit the model.
         RuntimeError: The loss or a gradient is not finite; parameters are put back to the last good step.
 
     Example:
@@ -137,7 +141,8 @@ def fit_svi(
         True
     """
     options = Options(num_steps, batch_size, lr, optim, loss, num_particles, compile, seed, progress)
-    return train(model, guide, args, model_kwargs or {}, options, "fit_svi")
+    guide, kwargs = check_pair("fit_svi", model, guide, args, model_kwargs)
+    return train(model, guide, args, kwargs, options, "fit_svi")
 
 
 def train(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_amortize import digits, doubts, plots
 from pyro_amortize.advice import advise, generalization
+from pyro_amortize.arguments import check_model, check_pair, named
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
@@ -120,6 +121,7 @@ class GapReport:
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
+@named
 def amortization_gap(
     model: Model,
     guide: Model,
@@ -193,7 +195,7 @@ def amortization_gap(
         Sequential Latent-Variable Models, ICLR 2021, https://arxiv.org/abs/2101.07046
     """
     _check(num_draws, num_annealed, num_training_steps, given)
-    kwargs = model_kwargs or {}
+    guide, kwargs = check_pair("amortization_gap", model, guide, args, model_kwargs)
     options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)
     sizes = _Sizes(num_draws, num_annealed, num_particles, num_training_steps)
     measure = _Measure(model, guide, args, kwargs, options, sizes)
@@ -201,10 +203,16 @@ def amortization_gap(
     lacking = measure.lacking(values[0])
     if unseen is None:
         return measure.report(values, lacking)
+    if isinstance(unseen, list):
+        raise ValueError(
+            "amortization_gap: unseen is a list. Expected the model's only positional argument, a tuple of all, "
+            "unseen=(x_new, y_new), or a dict of keyword arguments."
+        )
     if isinstance(unseen, Mapping):
         new_args, new_kwargs = args, {**kwargs, **unseen}
     else:
         new_args, new_kwargs = unseen if isinstance(unseen, tuple) else (unseen,), kwargs
+    check_model("amortization_gap: unseen", model, new_args, new_kwargs)
     other = _Measure(model, guide, new_args, new_kwargs, options, sizes)
     return measure.report(values, lacking, other.report(values))
 
@@ -218,7 +226,7 @@ def _check(num_draws: int, num_annealed: int, num_training_steps: int, given: An
         raise ValueError(
             f"amortization_gap: num_training_steps={num_training_steps}. Expected the number of steps, 0 for none."
         )
-    if isinstance(given, int) and given < 1:
+    if not isinstance(given, (Mapping, type(None))) and not (type(given) is int and given >= 1):
         raise ValueError(f"amortization_gap: given={given}. Expected a positive number of draws, or a dict of values.")
 
 
@@ -350,7 +358,7 @@ class _Measure:
         if isinstance(given, int):
             draws = drawn_globals(self.guide, self.args, self.kwargs, self.plan, given, self.seed)
             return draws if draws[0] else draws[:1]
-        return [held_globals(self.guide, self.args, self.kwargs, self.plan, given)]
+        return [held_globals(self.guide, self.args, self.kwargs, self.plan, given, "amortization_gap")]
 
     def lacking(self, held: dict[str, Tensor]) -> Conditioning | None:
         """Measures what the guide's encoders lose since they do not see all."""

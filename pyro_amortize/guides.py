@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,13 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn.module import _is_module_local_param_enabled
-from pyro.poutine.runtime import effectful
+from pyro.poutine.runtime import _DIM_ALLOCATOR, effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_amortize.building import Builder, check_encoder
+from pyro_amortize.arguments import refuse_guide, with_rows
+from pyro_amortize.building import Builder, check_encoder, check_inputs
 from pyro_amortize.calls import Call, Model, signature_of
 from pyro_amortize.carried import Known
 from pyro_amortize.encoders import Encoder, Heads
@@ -36,7 +38,7 @@ from pyro_amortize.inputs import Preparation, Prepare
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
-from pyro_amortize.posterior import Posterior
+from pyro_amortize.posterior import Posterior, check_quantiles
 from pyro_amortize.prediction import Prediction, arguments_of
 from pyro_amortize.registration import Registration
 from pyro_amortize.storage import load_model_state, model_state, options_of, read, write
@@ -113,10 +115,11 @@ class AutoAmortized(AutoGuide):
         init_scale: float = 0.1,
         create_plates: Any = None,
     ) -> None:
-        if not callable(model):
-            raise ValueError(
-                f"{type(self).__name__}: model is a {type(model).__name__}; expected a callable Pyro model."
-            )
+        kind = type(self).__name__
+        refuse_guide(kind, model)
+        if not callable(model) or isinstance(model, type):
+            what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+            raise ValueError(f"{kind}: model is {what}; expected a callable Pyro model, a module being an instance.")
         if family not in FAMILIES:
             raise ValueError(f"{type(self).__name__}: family={family!r} is not known. Known: {list(FAMILIES)}.")
         if not (prepare in ("auto", None) or callable(prepare)):
@@ -124,6 +127,7 @@ class AutoAmortized(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"{type(self).__name__}: init_scale={init_scale}. Expected a positive number.")
         super().__init__(model)
+        del self.prototype_trace
         self._registration = Registration(type(self).__name__)
         self.plan: AmortizationPlan | None = None
         self.options: dict[str, Any] = {
@@ -133,7 +137,8 @@ class AutoAmortized(AutoGuide):
             "prepare": prepare,
             "init_scale": float(init_scale),
         }
-        check_encoder(type(self).__name__, encoder)
+        check_encoder(kind, encoder)
+        check_inputs(kind, inputs)
         self.family = FAMILIES[family]()
         self.init_loc_fn = init_loc_fn
         self.coders = nn.ModuleDict()
@@ -182,7 +187,12 @@ class AutoAmortized(AutoGuide):
         """
         if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
             return
-        facts = examine(self.model, args, kwargs)
+        with _outside_plates():
+            self._initialize(args, kwargs)
+
+    def _initialize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with with_rows(type(self).__name__):
+            facts = examine(self.model, args, kwargs)
         builder = self._builder()
         plan = build_plan(facts, *builder.choices(facts), self.options["inputs"], self.options["encoder"])
         builder.refuse_misplaced(plan)
@@ -212,7 +222,14 @@ class AutoAmortized(AutoGuide):
         return self._answer("median", args, kwargs).values
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns posterior quantiles for these data, shape (number of quantiles, *shape of the site)."""
+        """Returns posterior quantiles for these data, shape (number of quantiles, *shape of the site).
+
+        The quantiles come first, then the model's arguments: ``guide.quantiles([0.05, 0.95], x)``.
+
+        Raises:
+            ValueError: A quantile is not between 0 and 1.
+        """
+        check_quantiles(f"{type(self).__name__}.quantiles", quantiles)
         return self.posterior(*args, **kwargs).quantiles(quantiles)
 
     # Answers.
@@ -394,12 +411,20 @@ class AutoAmortized(AutoGuide):
         self._registration = Registration(type(self).__name__)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("locs", "scales", "loc", "scale"):
+        if name in ("locs", "scales", "loc", "scale", "prototype_trace"):
             raise AttributeError(
-                f"{type(self).__name__} has no '{name}': its parameters come from encoders. Ask for the posterior of "
-                f"given data: guide.posterior(x).mean, guide.posterior(x).stddev."
+                f"{type(self).__name__} has no '{name}': its parameters come from encoders, for data of any number of "
+                f"rows. Ask for the posterior of given data: guide.posterior(x).mean, guide.posterior(x).stddev; "
+                f"guide.plan says which sites there are."
             )
         return super().__getattr__(name)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Any:
+        """Is no method of this guide: ``guide(x)`` draws once, ``guide.posterior(x).sample((10,))`` many times."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no sample_latent: there is no one vector of latents, since data may have any "
+            f"number of rows. Draw by guide(x), or guide.posterior(x).sample((10,))."
+        )
 
     # The parts.
 
@@ -468,6 +493,18 @@ class AutoAmortizedNormal(AutoAmortized):
 
     def __init__(self, model: Model, **options: Any) -> None:
         super().__init__(model, **{"family": "normal", **options})
+
+
+@contextmanager
+def _outside_plates() -> Iterator[None]:
+    """Runs a block as if no plate were around, as a vectorized ELBO puts one around the first call."""
+    stack = _DIM_ALLOCATOR._stack
+    around = stack[:]
+    stack.clear()
+    try:
+        yield
+    finally:
+        stack[:] = around
 
 
 def guide_apart(model: Model, **options: Any) -> AutoAmortized:

@@ -18,10 +18,11 @@ import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Known, line_for
 from pyro_amortize.encoders import Heads, Rows, in_pieces
@@ -86,6 +87,7 @@ class GuidedRun(Messenger):
         self._ahead: dict[str, bool] = {}
         self._at_random: set[str] = set()
         self._exit_after: frozenset[str] | None = None
+        self._outside = [-1 - i for i, frame in enumerate(_DIM_ALLOCATOR._stack) if frame is not None]  # of particles
         self._without_data: dict[str, Block] = {}
         self._informed = known is not None and known.informing is not None
         self._new_rows: dict[str, str] = {}
@@ -101,7 +103,7 @@ class GuidedRun(Messenger):
         self._find_given()
         self._exit_after = None if self._informed else self.guide._exits.get(self._kind_of_call())
         try:
-            with self:
+            with with_rows(type(self.guide).__name__), self:
                 self.model(*self.args, **self.kwargs)
         except _Done:
             pass
@@ -524,7 +526,8 @@ class GuidedRun(Messenger):
         plates = [around[name] for name in block.plates if name not in turn]
         axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]
-        expected = _without_axes(whole, axes, len(shape) + len(axes))
+        outside = [dim - event_dim for dim in self._outside]
+        expected = _without_axes(whole, [*axes, *outside], len(shape) + len(axes) + len(outside))
         if expected != shape:
             raise ValueError(
                 f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "

@@ -18,6 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_amortize import arviz_bridge
+from pyro_amortize.arguments import check_given, check_model, named
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Uncapturable
 from pyro_amortize.missing import refuse_nan
@@ -171,6 +172,7 @@ def _r_hat_limit(num_elements: int, num_chains: int) -> float:
     return 1 + (R_HAT - 1) * quantile(0.05 / num_elements) / quantile(0.05)
 
 
+@named
 def run_mcmc(
     model: Model,
     *args: Any,
@@ -197,7 +199,7 @@ def run_mcmc(
     Args:
         model: A Pyro model.
         args: Its positional arguments.
-        given: Values at which latents are held.
+        given: Values at which latents are held, each of the shape of its site.
         num_samples: Draws of each chain.
         warmup_steps: Steps of each chain that adapt the sampler, and are thrown away.
         num_chains: Number of chains.
@@ -216,8 +218,8 @@ def run_mcmc(
         Draws, and their diagnostics when asked for.
 
     Raises:
-        ValueError: A plate of the model subsamples, an option is out of range, ``start`` names no latent, or a latent
-            has no bijection from the reals or is an angle.
+        ValueError: A plate of the model subsamples, an option is out of range, ``given`` or ``start`` names no latent,
+            or a latent has no bijection from the reals or is an angle.
         ImportError: ``engine="nutpie"``, and it is not installed.
     """
     if engine not in ENGINES:
@@ -228,18 +230,19 @@ def run_mcmc(
         ("num_chains", num_chains),
         ("max_tree_depth", max_tree_depth),
     ):
-        if value < 1:
-            raise ValueError(f"run_mcmc: {option}={value}. Expected a positive whole number.")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"run_mcmc: {option}={value!r}. Expected a positive whole number.")
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"run_mcmc: target_accept_prob={target_accept_prob}. Expected a number between 0 and 1.")
     began = time.perf_counter()
-    kwargs = model_kwargs or {}
+    kwargs = check_model("run_mcmc", model, args, model_kwargs)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     state = pyro.util.get_rng_state()
     with preserved(model, evaluating=True):
         pyro.util.set_rng_state(state)
-        conditioned = poutine.condition(model, data=dict(given or {}))
+        values = _held(model, args, kwargs, given)
+        conditioned = poutine.condition(model, data=values)
         sites = _all_rows(conditioned, args, kwargs)
         _refuse_unreached(sites)
         proper = _WithPrior(_idle(conditioned, args, kwargs, sites))(conditioned)
@@ -269,8 +272,20 @@ def run_mcmc(
         model=conditioned,
         args=args,
         kwargs=kwargs,
-        given=dict(given or {}),
+        given=values,
     )
+
+
+def _held(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Returns the values at which latents are held."""
+    if given is None:
+        return {}
+    state = pyro.util.get_rng_state()
+    latents = [site for site in _all_rows(model, args, kwargs) if not site["is_observed"]]
+    pyro.util.set_rng_state(state)
+    return check_given("run_mcmc", given, {site["name"]: site["value"] for site in latents})
 
 
 def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[Callable[[int], Chain], str, str | None]:

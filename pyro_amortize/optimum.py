@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.encoders import Table
@@ -53,6 +54,7 @@ class Optimum:
     losses: Tensor
 
 
+@named
 def fit_optimum(
     model: Model,
     guide: Model,
@@ -96,10 +98,10 @@ def fit_optimum(
         G. Roeder et al., Sticking the Landing, NeurIPS 2017, https://arxiv.org/abs/1703.09194
     """
     start = time.perf_counter()
-    kwargs = model_kwargs or {}
+    guide, kwargs = check_pair("fit_optimum", model, guide, args, model_kwargs)
     plan = plan_beside(model, guide, args, kwargs)
     local_sites(plan)
-    held = held_globals(guide, args, kwargs, plan, given)
+    held = held_globals(guide, args, kwargs, plan, given, "fit_optimum")
     plate, _ = data_plate(plan, enumerated_sites(model, guide, args, kwargs)[0].values())
     conditioned, fixed = (poutine.condition(program, data=held) for program in (model, guide))
     options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)

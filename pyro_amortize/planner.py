@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
+from pyro_amortize.arguments import refuse_guide, with_rows
 from pyro_amortize.calls import Model
 from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
@@ -61,7 +62,9 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
         C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
         https://arxiv.org/abs/2307.11018
     """
-    return build_plan(examine(model, args, kwargs))
+    refuse_guide("plan_amortization", model)
+    with with_rows("plan_amortization"):
+        return build_plan(examine(model, args, kwargs))
 
 
 def plan_beside(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AmortizationPlan:

@@ -92,21 +92,22 @@ class Posterior:
         Returns:
             Site -> tensor of shape (number of quantiles, *site's shape).
         """
+        check_quantiles("Posterior.quantiles", quantiles)
         return {name: _quantiles(fn, quantiles) for name, fn in self._continuous.items()}
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
+    def sample(self, sample_shape: int | Sequence[int] = ()) -> dict[str, Tensor]:
         """Draws jointly from all sites.
 
         Enumerated sites are drawn from the model, given the draws of the others and the data: q(z) p(c | z, data).
         They take runs of the model, as it is by then, in eval mode.
 
         Args:
-            sample_shape: Leading shape of the draws.
+            sample_shape: Leading shape of the draws, or their number.
 
         Returns:
             Site -> tensor of shape (*sample_shape, *site's shape).
         """
-        lead = Size(sample_shape)
+        lead = Size([sample_shape]) if isinstance(sample_shape, int) else Size(sample_shape)
         count = lead.numel()
         if self.joint is None or not count:
             draws = {name: fn.sample(Size([count])) for name, fn in self.sites.items()}
@@ -128,6 +129,12 @@ class Posterior:
         Raises:
             ValueError: A name is no site of the guide (enumerated sites are none).
         """
+        if not isinstance(values, Mapping):
+            site = next(iter(self.sites), "z")
+            raise ValueError(
+                f"Posterior.log_prob: values is a {type(values).__name__}. Expected a dict from site to its value: "
+                f"log_prob({{'{site}': value}})."
+            )
         unknown = sorted(set(values) - set(self.sites))
         if unknown:
             raise ValueError(f"Posterior.log_prob: '{unknown[0]}' is no site of the guide. Known: {list(self.sites)}.")
@@ -136,6 +143,16 @@ class Posterior:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(fn.shape())}" for name, fn in self.sites.items())
         return f"Posterior({shapes})"
+
+
+def check_quantiles(function: str, quantiles: Any) -> None:
+    """Refuses what is no list of numbers between 0 and 1."""
+    levels = torch.as_tensor(quantiles)
+    if levels.dim() > 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(
+            f"{function}: quantiles of shape {tuple(levels.shape)}, not all between 0 and 1. The first argument is a "
+            f"list of them: {function}([0.05, 0.95], ...)."
+        )
 
 
 def is_discrete(fn: Any) -> bool:

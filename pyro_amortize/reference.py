@@ -11,10 +11,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.optim.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_amortize.arguments import check_given, check_model, named, observes
 from pyro_amortize.calls import Model
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import SVIFit, seeded, train
@@ -28,6 +30,7 @@ from pyro_amortize.subsamples import Subsample, covering
 from pyro_amortize.supports import bijection, is_delta, support_of
 
 
+@named
 def fit_mean_field(
     model: Model,
     *args: Any,
@@ -35,7 +38,7 @@ def fit_mean_field(
     num_steps: int = 2000,
     batch_size: int | None = None,
     lr: float = 0.01,
-    optim: Optimizer | None = None,
+    optim: Optimizer | PyroOptim | None = None,
     loss: Any = None,
     num_particles: int = 1,
     compile: bool | str = "auto",
@@ -58,7 +61,7 @@ def fit_mean_field(
         num_steps: As of :func:`~pyro_amortize.fit.fit_svi`, and so are all other options.
         batch_size: Rows a step.
         lr: Learning rate at the start.
-        optim: Makes a torch optimizer from a list of parameters.
+        optim: Makes a torch optimizer from a list of parameters, or is one of Pyro's.
         loss: A Pyro ELBO.
         num_particles: Draws a step.
         compile: As of ``fit_svi``.
@@ -90,7 +93,7 @@ def fit_mean_field(
         https://arxiv.org/abs/2307.11018
     """
     options = Options(num_steps, batch_size, lr, optim, loss, num_particles, compile, seed, progress)
-    kwargs = model_kwargs or {}
+    kwargs = check_model("fit_mean_field", model, args, model_kwargs)
     state = pyro.util.get_rng_state()
     with preserved(model) as held:
         pyro.util.set_rng_state(state)
@@ -120,6 +123,11 @@ def mean_field_guide(
         raise ValueError(
             f"fit_mean_field: start is a {type(start).__name__}. Expected a trained guide; that of a fit is "
             f"start=fit.guide."
+        )
+    if observes(start, args, kwargs):
+        raise ValueError(
+            "fit_mean_field: start observes data, so it is a model; expected a trained guide: start=guide, or that of "
+            "a fit, start=fit.guide."
         )
     if isinstance(start, AutoAmortized) and start.plan is None:
         raise RuntimeError("fit_mean_field: start has no parameters yet. Train it: fit_svi(model, start, ...).")
@@ -196,24 +204,26 @@ def held_globals(
     kwargs: dict[str, Any],
     plan: AmortizationPlan,
     given: Mapping[str, Tensor] | None,
+    function: str,
 ) -> dict[str, Tensor]:
     """Returns values for all global latents: those given, else medians under the guide.
 
     Raises:
-        ValueError: A name in ``given`` is no global latent.
+        ValueError: A name in ``given`` is no global latent, or its value has another shape than the site.
     """
     names = {site for block in plan.blocks if not block.amortized for site in block.sites}
-    unknown = sorted(name for name in given or {} if plan.turn_of(name)[0] not in names)
-    if unknown:
-        raise ValueError(f"given: '{unknown[0]}' is no global latent of the model. Known: {sorted(names)}.")
-    values = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+    values: dict[str, Tensor] = {}
+    if given is not None:
+        sampled = {name: site["value"] for name, site in site_answers(guide, args, kwargs).items()}
+        known = {name: value for name, value in sampled.items() if plan.turn_of(name)[0] in names}
+        values = check_given(function, given, {**dict.fromkeys(names - {plan.turn_of(n)[0] for n in known}), **known})
     missing = names - {plan.turn_of(name)[0] for name in values}
     if missing:
         medians = _medians(guide, args, kwargs)
         lacking = sorted(missing - {plan.turn_of(name)[0] for name in medians})
         if lacking:
             raise ValueError(
-                f"amortization_gap: the guide has no median of '{lacking[0]}', a global latent of the model. Give its "
+                f"{function}: the guide has no median of '{lacking[0]}', a global latent of the model. Give its "
                 f"value: given={{'{lacking[0]}': ...}}."
             )
         values.update({name: value for name, value in sorted(medians.items()) if plan.turn_of(name)[0] in missing})
@@ -236,7 +246,7 @@ def drawn_globals(
 
 def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int = 501) -> dict[str, Tensor]:
     with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", True) is None:
             guide(*args, **kwargs)  # knows its latents by its first call only
         with suppress(NotImplementedError):  # those of Pyro's guides that have no median inherit one that says so
             if hasattr(guide, "median"):

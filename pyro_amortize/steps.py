@@ -12,6 +12,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import TraceTailAdaptive_ELBO
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_amortize.calls import Model
@@ -22,6 +25,10 @@ from pyro_amortize.minibatch import Rescaled
 from pyro_amortize.parameters import Preserved
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+OPTIM = (
+    "Expected a function from a list of parameters to a torch optimizer, optim=lambda parameters: "
+    "torch.optim.AdamW(parameters, lr=0.01), or an optimizer of Pyro, optim=pyro.optim.Adam({'lr': 0.01})."
+)
 SNAPSHOT = 10
 """After how many steps parameters are kept anew, to be put back when the loss is not finite any more."""
 FEWEST_STEPS = 300
@@ -39,7 +46,7 @@ class Options:
     num_steps: int = 2000
     batch_size: int | None = None
     lr: float = 0.01
-    optim: Optimizer | None = None
+    optim: Optimizer | PyroOptim | None = None
     loss: Any = None
     num_particles: int = 1
     compile: bool | str = "auto"
@@ -50,11 +57,28 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_particles", "batch_size"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if not (isinstance(value, int) and value >= 1) and (name, value) != ("batch_size", None):
                 raise ValueError(f"fit: {name}={value!r}. Expected a positive whole number.")
+        if isinstance(self.optim, PyroLRScheduler):
+            raise ValueError(
+                f"fit: optim={type(self.optim).__name__} changes the learning rate, which already decays to zero over "
+                f"num_steps. {OPTIM}"
+            )
+        if isinstance(self.optim, torch.optim.Optimizer) or not (self.optim is None or callable(self.optim)):
+            raise ValueError(f"fit: optim is of type {type(self.optim).__name__}. {OPTIM}")
+        is_loss = callable(self.loss) or hasattr(self.loss, "loss_and_grads")
+        if isinstance(self.loss, type) or not (self.loss is None or is_loss):
+            raise ValueError(f"fit: loss={self.loss!r}. Expected a Pyro ELBO, as Trace_ELBO(), or a function.")
+        if isinstance(self.loss, TraceTailAdaptive_ELBO):
+            raise ValueError(
+                "fit: loss=TraceTailAdaptive_ELBO() has gradients but no value (Pyro says inf), so that no fit can "
+                "be watched or judged by it. Pass loss=RenyiELBO(alpha=0.5, num_particles=4), or train by SVI."
+            )
+        if not isinstance(self.seed, (int, type(None))):
+            raise ValueError(f"fit: seed={self.seed!r}. Expected a whole number, or None.")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"fit: compile={self.compile!r}. Expected True, False or 'auto'.")
-        if not self.lr > 0:
+        if not (isinstance(self.lr, (int, float)) and 0 < self.lr < math.inf):
             raise ValueError(f"fit: lr={self.lr!r}. Expected a positive number.")
 
 
@@ -126,9 +150,7 @@ class Steps:
             self._fail(step, args, kwargs, None)
         if step % SNAPSHOT == 0 or len(self._kept[1]) != len(self.parameters):
             self._kept = step, [parameter.detach().clone() for parameter in self.parameters.values()]
-        factor = decay(step, self.options.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        _set_rates(self.optimizer, decay(step, self.options.num_steps))
         self.optimizer.step()
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -216,9 +238,10 @@ class Steps:
         new = {key: p for key, p in others.items() if self.train_model or key in own}
         self.parameters.update(new)
         if self.optimizer is None and new:
-            self.optimizer = (self.options.optim or self._adam)(list(new.values()))
-        elif new:
-            self.optimizer.add_param_group({"params": list(new.values())})  # type: ignore[union-attr]
+            self.optimizer = _optimizer(self.options.optim or self._adam, list(new.values()))
+        elif new and self.optimizer is not None:
+            for group in _groups(self.options.optim, list(new.values())):
+                self.optimizer.add_param_group(group)
 
     def _adam(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
@@ -236,6 +259,39 @@ class Steps:
             f"{good}. Lower the learning rate, fit_svi(..., lr={self.options.lr / 10:g}), or look for infinite values "
             f"in the data and scales that reach zero in the model."
         ) from error
+
+
+def _optimizer(optim: Optimizer | PyroOptim, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Makes the optimizer, of Pyro's kind as one of torch for all parameters."""
+    if isinstance(optim, PyroOptim):
+        made: Any = optim.pt_optim_constructor(_groups(optim, parameters))
+        if optim.pt_clip_args:
+            made.register_step_pre_hook(lambda optimizer, *_: _clip(optim, optimizer))
+    else:
+        made = optim(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"fit: optim returned {made!r}, no torch optimizer. {OPTIM}")
+    return made
+
+
+def _groups(optim: Any, parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """Returns parameters as a torch optimizer takes them, with options of their own where one of Pyro's gives such."""
+    if not isinstance(optim, PyroOptim):
+        return [{"params": parameters}]
+    return [{"params": [p], **optim._get_optim_args(p)} for p in parameters]  # type: ignore[arg-type]
+
+
+def _clip(optim: Any, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        optim._clip_grad(parameter, **optim._get_grad_clip_args(parameter))
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets learning rates to a part of those at the start, less what the optimizer itself made of them meanwhile."""
+    for group in optimizer.param_groups:
+        initial, last = group.setdefault("initial_lr", group["lr"]), group.get("last_lr")
+        group["initial_lr"] = initial * group["lr"] / last if last else initial
+        group["lr"] = group["last_lr"] = group["initial_lr"] * factor
 
 
 class OnRows:

@@ -24,7 +24,7 @@ ORDER = [
         "registration",
     },
     {"missing"},
-    {"excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture", "subsamples"},
+    {"arguments", "excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture", "subsamples"},
     {"elbos", "unconstrained", "draws"},
     {"nuts", "held", "elements"},
     {"probes"},

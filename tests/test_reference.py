@@ -253,7 +253,7 @@ class TestOptimum:
         x = torch.randn(20, 2)
         guide = AutoAmortizedNormal(self.model)
         guide.initialize(x)
-        with pytest.raises(ValueError, match="'rate' is no global latent.*theta"):
+        with pytest.raises(ValueError, match="'rate'.*not known.*theta"):
             fit_optimum(self.model, guide, x, given={"rate": torch.ones(20)}, progress=False)
 
     def test_nothing_local(self):
