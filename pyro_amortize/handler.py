@@ -35,6 +35,7 @@ from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
     PriorWithoutData,
     dressed,
+    is_delta,
     is_enumerated,
     is_improper,
     unconstrained_shape,
@@ -203,6 +204,8 @@ class GuidedRun(Messenger):
         parameters = self._block_parameters(block, msg) if block else None
         if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
             msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out
+            if is_delta(msg["fn"]):  # a density that it has is a factor of the model's, not of the guide's
+                msg["fn"] = dist.Delta(msg["fn"].rsample(), event_dim=msg["fn"].event_dim)
             msg["value"] = prior_median(msg["fn"]) if self.answering else msg["value"]
             self._carry(msg, carried)
             return

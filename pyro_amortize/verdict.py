@@ -147,8 +147,8 @@ class Judge:
             return Verdict(
                 None,
                 f"no value of '{flat.name}' that was tried moves the density of '{min(flat.children)}', so it could "
-                f"not be told what informs '{flat.name}': where its prior lives, the likelihood is flat, or floating "
-                f"point lacks the digits",
+                f"not be told what informs '{flat.name}': a mask covers all of it, the likelihood is flat at values "
+                f"of the prior, or floating point lacks the digits",
             )
         unclear = self._unclear(sites, levels, plates, shown, reach)
         if unclear:

@@ -379,6 +379,24 @@ def test_a_delta_between_a_latent_and_its_data_is_seen_through():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_the_density_of_a_delta_is_a_factor_of_the_model():
+    def model(y, kind):
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if kind == "delta":
+                z = pyro.sample("w", dist.Delta(z, log_density=-z.square()))
+            else:
+                pyro.factor("w", -z.square())
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    losses = []
+    for kind in ("delta", "factor"):
+        pyro.set_rng_seed(0)
+        svi = SVI(model, AutoAmortizedNormal(model), ClippedAdam({"lr": 0.01}), Trace_ELBO())
+        losses.append([svi.step(Y, kind) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_mean_over_a_plate_as_a_delta_couples_if_data_depend_on_it():
     def model(y, used):
         rows = plate(y)
