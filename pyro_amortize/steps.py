@@ -142,10 +142,15 @@ class Steps:
         if value is None:
             value = self._under_pyro(step, args, kwargs, handler)
         if self.optimizer is None:
-            raise ValueError(
-                "fit: neither the guide nor the model has parameters, so there is nothing to train. Where no data "
-                "depend on a latent, its posterior is its prior: guide.predictive(...) draws it."
+            left = getattr(getattr(self.guide, "plan", None), "left_to_model", ())
+            why = (
+                f" The plan leaves {list(left)} to the model, since no data were seen to depend on them: their "
+                f"posterior is their prior, guide.predictive(...) draws it. If data do inform '{left[0]}', say so: "
+                f"encoder={{'{left[0]}': MLP()}}."
+                if left
+                else ""
             )
+            raise ValueError(f"fit: neither the guide nor the model has parameters, so there is nothing to train.{why}")
         if not math.isfinite(value):
             self._fail(step, args, kwargs, None)
         if step % SNAPSHOT == 0 or len(self._kept[1]) != len(self.parameters):

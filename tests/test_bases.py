@@ -264,6 +264,16 @@ def test_idle_latents_are_left_to_the_model():
     assert plan_amortization(model, Y).left_to_model == ("unused", "y_new")
 
 
+def test_a_fit_without_parameters_names_what_is_left_to_the_model():
+    def model(y):
+        with plate(y):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"nothing to train. The plan leaves \['w'\].*encoder=\{'w': MLP\(\)\}"):
+        fit_svi(model, AutoAmortizedNormal(model), Y, num_steps=2, progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "inputs"),
     [({"encoder": {"w": MLP()}}, ("y",)), ({"inputs": {"w": "y"}}, ("y",)), ({"encoder": {"w": Table()}}, ())],
