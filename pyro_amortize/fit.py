@@ -218,8 +218,8 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def _default_loss(guide: Model, options: Options, enumerated: bool, nesting: int) -> Any:
     plan = guide.plan if isinstance(guide, AutoAmortized) else None
-    # TraceMeanField_ELBO takes the prior of what the guide leaves out for missing, and that under a mask for there.
-    analytic = plan is not None and not plan.left_to_model and not plan.unmasked
+    # TraceMeanField_ELBO takes the prior of what the guide leaves out for missing.
+    analytic = plan is not None and not plan.left_to_model
     vectorized = options.max_plate_nesting is not None
     if enumerated or (plan is not None and any(block.is_discrete for block in plan.blocks)):
         return TraceEnum_ELBO(options.num_particles, max_plate_nesting=nesting, vectorize_particles=vectorized)

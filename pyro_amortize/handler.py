@@ -27,20 +27,19 @@ from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Known, line_for
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import is_index
+from pyro_amortize.masks import PriorWithoutData, under_masks
 from pyro_amortize.missing import has_nan
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import LIMIT, prior_median, typical
 from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plate
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import (
-    PriorWithoutData,
-    dressed,
     is_delta,
     is_enumerated,
     is_improper,
+    site_mask,
     unconstrained_shape,
     with_logits,
-    without_masks,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ class GuidedRun(Messenger):
         self._without_data: dict[str, Block] = {}
         self._informed = known is not None and known.informing is not None
         self._new_rows: dict[str, str] = {}
+        self._looks_for_masks = False
 
     def sample(self) -> dict[str, Tensor]:
         """Runs the model up to its last latent; returns the values of all latents."""
@@ -109,7 +109,7 @@ class GuidedRun(Messenger):
         except _Done:
             pass
         self._warn_of_priors()
-        if self._exit_after is None:
+        if self._exit_after is None and not self._looks_for_masks:
             self.learn_exit(set(self.values))
         return self.values
 
@@ -177,6 +177,7 @@ class GuidedRun(Messenger):
             msg["stop"] = True
             self._refuse_other_turns(name)
             self._refuse_new_rows(msg)
+            self._refuse_new_mask(msg)
             self.reader.drawn[name] = msg["value"]
             return
         if name in self._ahead:
@@ -263,6 +264,21 @@ class GuidedRun(Messenger):
                 f"{type(self.guide).__name__}: '{site}' has a table, which cannot answer for the new elements of plate "
                 f"'{plate}', but this call has data of them, at site '{msg['name']}'. Leave these out, or use an "
                 f"encoder: AutoAmortizedNormal(model, encoder={{'{site}': MLP()}})."
+            )
+
+    def _refuse_new_mask(self, msg: Any) -> None:
+        """Refuses a mask over data that were under none, since encoders would see what it covers."""
+        site, _ = self.plan.turn_of(msg["name"])
+        informs = any(site in level.sites for block in self.plan.blocks for level in block.levels)
+        if not informs or site in self.plan.masks or is_recorded():
+            return
+        mask = site_mask(msg)
+        self._looks_for_masks |= mask is not None  # the next may cover something
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"{type(self.guide).__name__}: site '{msg['name']}' is under a mask in this call, but was under none "
+                f"when the guide was initialized, so that an encoder would see what the mask covers. Build a new guide "
+                f"and initialize it by a call with a mask: guide.initialize(...)."
             )
 
     def _refuse_other_turns(self, name: str) -> None:
@@ -542,22 +558,23 @@ class GuidedRun(Messenger):
         if with_data is not None:
             marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
             marks = _placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
+        own = marks if block.exact_prior else None
+        idle = block.sites[which] in self.plan.idle and block.chain is None  # of a chain marks tell what data depend on
+        if idle and isinstance(msg["mask"], Tensor):
+            own = msg["mask"] if own is None else own & msg["mask"]
+        own = None if self.answering and own is not None and bool(own.all()) else own
         if extra is None:
             parts = values.split(block.dims[which], -1)
             q = self.guide.family.distribution(*(_placed(part, present, axes, shape) for part in parts))
         else:
             logits = _placed(values, present, [axis - len(extra) for axis in axes], shape + extra)
-            q = with_logits(prior, logits, marks if block.exact_prior else None)
-        if block.sites[which] in self.plan.unmasked:
-            msg["mask"] = marks
-            q = dressed(msg, without_masks(prior), q)
-        else:
-            q = dressed(msg, prior, q)
+            q = with_logits(prior, logits, own)
+        q = under_masks(msg, q, marks, idle)
         batch_shape = torch.broadcast_shapes(q.batch_shape, prior.batch_shape)
         q = q if q.batch_shape == batch_shape else q.expand(batch_shape)
-        if extra is not None or marks is None or not block.exact_prior or is_improper(prior):
+        if extra is not None or own is None or is_improper(prior):
             return q
-        return PriorWithoutData(marks, prior.expand(q.batch_shape), q)
+        return PriorWithoutData(own, prior.expand(q.batch_shape), q)
 
 
 def call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -102,8 +102,6 @@ class HeldRun(Messenger):
         with torch.set_grad_enabled(gradients), poutine.block(), under or nullcontext(), self:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         trace = prune_subsample_sites(trace)
-        if not self.sites:
-            refuse_nan(trace.nodes.values(), "plan_amortization", self.call.tensors)
         with torch.set_grad_enabled(gradients), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered ")  # densities that are not finite, said where they matter
             trace.compute_log_prob()
@@ -174,6 +172,8 @@ def places(
                 HeldRun(model, call, families, loops).run(seed=seed)
                 raise error
             continue
+        if not found:  # in the user's mode of validation
+            refuse_nan(held._nodes.values(), "plan_amortization", call.tensors)
         found += 1
         yield held
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations, permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_amortize.held import Change, kind_of
+from pyro_amortize.held import Base, Change, kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
 from pyro_amortize.supports import (
@@ -105,14 +106,38 @@ class LatentProbes:
                 found.append(plate.name)
         return tuple(found)
 
-    def _is_unmasked(self, name: str) -> bool:
-        """Replaces what a mask covers of a latent's prior; tells whether anything depends on that."""
-        site = self.probes.factors[name]
-        mask = site_mask(site)
+    def _is_unmasked(self, name: str) -> bool | None:
+        """Replaces what a mask covers of a latent's prior; tells whether anything depends on that, None without a mask.
+
+        A mask that covers nothing yet is made to by other arguments; if none does, it is taken to cover what data need.
+        """
+        if site_mask(self.probes.factors[name]) is None:
+            return None
+        for leaves in ({}, *self._with_gaps()):
+            found = [self._depends_under_mask(name, leaves, base) for base in self.probes.bases]
+            if any(depends is not None for depends in found):
+                return any(found)
+        return True
+
+    def _depends_under_mask(self, name: str, leaves: dict[str, Tensor], base: Base) -> bool | None:
+        """Tells whether anything depends on what a mask covers of a latent's prior; None if it covers nothing."""
+        before = {} if base.changed(leaves) is None else base.last
+        mask = site_mask(before[name]) if name in before else None
         if mask is None or bool(mask.all()):
-            return False
-        moved = self.probes.changed(latents={name: _replaced(~mask)})
-        return moved is None or any(bool(distance.any()) for other, distance in moved.items() if other != name)
+            return None
+        if base.changed(leaves, {name: _replaced(~mask)}) is None:
+            return True
+        pairs = [(before[n]["log_prob"], base.last[n]["log_prob"]) for n in base.factors if n != name]
+        return not all(torch.allclose(*pair, rtol=0, atol=base.noise, equal_nan=True) for pair in pairs)
+
+    def _with_gaps(self) -> Iterator[dict[str, Tensor]]:
+        """Yields arguments that may stand for less data: flags and counts lowered, numbers that are NaN, in places."""
+        for name, leaf in self.probes.held.call.tensors.items():
+            torch.manual_seed(8)
+            places = (torch.rand(leaf.shape) < 0.5).to(leaf.device)
+            if leaf.is_floating_point():
+                yield {name: leaf.masked_fill(places, torch.nan)}
+            yield {name: torch.where(places, leaf.new_zeros(()), leaf)}
 
     def _latent_probe(self, name: str, plates: list[Plate]) -> tuple[frozenset[str], frozenset[str]]:
         """Replaces a latent, whole and by halves; returns its children, and along which plates it couples."""

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_amortize.supports import site_mask, undressed, without_masks
+from pyro_amortize.supports import site_mask, without_masks
 
 
 def has_nan(value: Tensor) -> bool:
@@ -88,7 +89,7 @@ def refuse_nan(nodes: Iterable[Any], who: str, data: Mapping[str, Tensor] | None
             f"{who}: the values observed at site '{name}' hold NaN under a mask. Pyro refuses them there, too; without "
             f"its validation gradients may be NaN. Fill them: {line}. What a mask covers counts nowhere all the same."
         )
-        if undressed(site["fn"])._validate_args:
+        if dist.is_validation_enabled():
             raise ValueError(text)
         warnings.warn(text, UserWarning, stacklevel=2)
 

@@ -126,6 +126,7 @@ class AmortizationPlan:
         loops: The number of the first turn of each loop.
         rows: For each plate the arguments that have an axis for it.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
+        idle: Latents on which nothing depends where their prior is masked, so that q is masked there, too.
         enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
         flat: Latents that are not left to the model because they may inform data, though no value that was tried moved
             the data's densities.
@@ -139,6 +140,7 @@ class AmortizationPlan:
     observed: tuple[str, ...]
     masks: dict[str, Source | None]
     unmasked: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     enumerated: tuple[str, ...] = ()
     families: tuple[Family, ...] = ()

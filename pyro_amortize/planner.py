@@ -178,6 +178,7 @@ class _Planner:
             tuple(site.name for site in self.facts.sites.values() if site.observed),
             self.masks,
             tuple(site.name for site in self.latents if site.unmasked),
+            tuple(site.name for site in self.latents if site.unmasked is False),
             tuple(site.name for site in self.facts.sites.values() if site.foreign),
             tuple(site.name for site in self.enumerated),
             self.facts.families,

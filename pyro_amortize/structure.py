@@ -96,7 +96,7 @@ class Site:
             only a run of the model tells, else the argument that is the mask, or whose NaN it covers.
         row_plates: Plates of each of whose rows the density depends on one entry of this latent, drawn outside them
             for all rows together.
-        unmasked: Whether a mask covers its prior (latents) where data depend on it all the same.
+        unmasked: Whether anything depends on a latent where a mask covers its prior; None if no mask was seen to.
         enumerated: Whether it is a discrete latent that is marked to be summed out.
         logits: Shape of the logits behind one entry of its value (discrete latents): (categories,) of a
             ``Categorical``, () of others; None if it has no logits.
@@ -120,7 +120,7 @@ class Site:
     categories: int = 0
     mask: str | None = None
     row_plates: tuple[str, ...] = ()
-    unmasked: bool = False
+    unmasked: bool | None = None
     logits: tuple[int, ...] | None = None
     distribution: str | None = None
     unreached: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.utils import helpful_support_errors
 from torch import Tensor
-from torch.distributions import Transform, biject_to, kl_divergence, register_kl
+from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
 
 
@@ -211,34 +211,13 @@ def dressed(site: Any, prior: Any, q: Any) -> Any:
     return q.to_event(prior.event_dim - transform.codomain.event_dim)
 
 
-class PriorWithoutData(dist.MaskedMixture):
-    """A guide's distribution at elements that have data, and at others the prior, from which it does not diverge.
-
-    Draws of the prior have no gradients: nothing but their density depends on them, which the model's own cancels. So
-    q keeps its gradients where the prior has none to give, and NaN under a mask sends none back.
-    """
-
-    @property
-    def has_rsample(self) -> bool:
-        return bool(self.component1.has_rsample)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        own = self.component1.rsample(torch.Size(sample_shape))
-        mask = self.mask.reshape(self.mask.shape + (1,) * self.event_dim)
-        return torch.where(mask, own, self.component0.sample(torch.Size(sample_shape)))
-
-
-@register_kl(PriorWithoutData, torch.distributions.Distribution)  # type: ignore[untyped-decorator]
-def _kl_prior_without_data(q: PriorWithoutData, prior: Any) -> Tensor:
-    return torch.where(q.mask, kl_divergence(q.component1, prior), 0.0)
-
-
 def without_masks(fn: Any) -> Any:
-    """Takes the masks off a distribution."""
+    """Takes the masks off a distribution; returns it as it is if it has none."""
     if isinstance(fn, dist.MaskedDistribution):
         return without_masks(fn.base_dist)
     if isinstance(fn, torch.distributions.Independent):
-        return without_masks(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+        base = without_masks(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
     return fn
 
 

@@ -23,7 +23,7 @@ ORDER = [
         "families",
         "registration",
     },
-    {"missing"},
+    {"missing", "masks"},
     {"arguments", "excerpt", "loops", "encoders", "levels", "enumeration", "posterior", "capture", "subsamples"},
     {"elbos", "unconstrained", "draws"},
     {"nuts", "held", "elements"},

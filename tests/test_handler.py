@@ -1,5 +1,7 @@
 """Answers, read and encoded piece by piece."""
 
+import math
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -7,7 +9,7 @@ import pytest
 import torch
 from models import CASES
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_amortize import MLP, AutoAmortizedNormal, Constant, Recurrent, Table, Window, fit_svi, handler, posterior
@@ -168,3 +170,149 @@ def test_a_prior_without_gradients_leaves_those_of_q_under_a_mask(missing):
         gradients.append(torch.cat([p.grad.flatten() for p in guide.parameters()]))
     assert torch.stack(gradients).std(0).mean() < 0.014
     assert len(fit_svi(model, guide, y, seen, num_steps=5, progress=False).losses) == 5
+
+
+# Masks of priors, whichever call the guide was made from.
+
+
+def by_handler(y, mask):
+    with pyro.plate("n", len(y)):
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def by_distribution(y, mask):
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(y), 1), 1.0).mask(mask[:, None]).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y[:, None])
+
+
+def by_a_float(y, mask):
+    return by_handler(y, mask.to(y.dtype) > 0.5)
+
+
+def by_groups(y, mask):
+    with pyro.plate("groups", len(mask)):
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(z[..., GROUP], 1.0), obs=y)
+
+
+def if_there_is_one(y, mask=None):
+    with pyro.plate("n", len(y)):
+        with poutine.mask(mask=True if mask is None else mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def of_data_too(y, mask):
+    with pyro.plate("n", len(y)), poutine.mask(mask=mask):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def of_other_data(y, mask):
+    with pyro.plate("n", len(y)):
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=torch.arange(len(y)) > 0):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def by_a_product(y, mask):
+    with pyro.plate("n", len(y)):
+        with poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * mask, 1.0), obs=y)
+
+
+GROUP = torch.arange(8)
+HALF, WHOLE = (torch.tensor([mean, math.log(math.expm1(sd))]) for mean, sd in ((0.5, math.sqrt(0.5)), (1.0, 1.0)))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO], ids=lambda elbo: elbo.__name__)
+@pytest.mark.parametrize("first", ["all", "some"])
+@pytest.mark.parametrize(
+    ("model", "prior", "data"),
+    [
+        (by_handler, 5, 8),
+        (by_distribution, 5, 8),
+        (by_a_float, 5, 8),
+        (if_there_is_one, 5, 8),
+        (of_data_too, 5, 5),
+        (of_other_data, 5, -8),
+        (by_a_product, 5, 5),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_masks_of_priors_mean_the_same_whatever_the_first_call_was(model, prior, data, first, elbo):
+    """At the exact posterior, N(y / 2, 1 / 2) under the prior and N(y, 1) where it is flat, the ELBO is the evidence.
+
+    Each draw's is, so there is no error. Elements without data have the prior, and add nothing.
+    """
+    y, mask = torch.randn(8), torch.arange(8) < prior
+    whole = None if model is if_there_is_one else torch.ones(8, dtype=torch.bool)
+    guide = AutoAmortizedNormal(model, encoder=Table())
+    guide.initialize(y, mask if first == "some" else whole)
+    there = torch.arange(8) < data if data > 0 else torch.arange(8) > 0
+    rows = torch.stack([HALF if m else WHOLE for m in mask]) * torch.stack([y, torch.ones(8)], -1)
+    with torch.no_grad():
+        guide.coder_of(guide.plan.block_of("z")).values[0].copy_(rows)
+    answer = guide.posterior(y, mask).stddev["z"].flatten()
+    exact = torch.where(there, torch.where(mask, math.sqrt(0.5), 1.0), 1.0)
+    torch.testing.assert_close(answer, exact)
+    evidence = dist.Normal(0.0, math.sqrt(2)).log_prob(y)[there & mask].sum()
+    if model is by_a_product:  # the data are there, but tell nothing of z
+        evidence = evidence + dist.Normal(0.0, 1.0).log_prob(y)[~mask].sum()
+    if elbo is Trace_ELBO:
+        assert elbo().loss(model, guide, y, mask) == pytest.approx(-float(evidence), abs=1e-4)
+    else:  # divergences in closed form, so that the likelihood's draws have an error
+        draws = torch.tensor([elbo().loss(model, guide, y, mask) for _ in range(100)])
+        assert float(draws.mean() + evidence) == pytest.approx(0.0, abs=4 * float(draws.std()) / 10 + 1e-5)
+
+
+def test_masks_of_groups_may_change():
+    y, mask = torch.randn(8), torch.arange(8) < 5
+    for first in (mask, torch.ones(8, dtype=torch.bool)):
+        guide = AutoAmortizedNormal(by_groups)
+        guide.initialize(y, first)
+        assert guide.plan.unmasked == ("z",)
+        nodes = poutine.trace(guide).get_trace(y, mask).nodes
+        assert nodes["z"]["mask"] is None  # all groups have data, whatever counts of their prior
+
+
+def test_a_chain_is_known_by_its_data_under_a_gap():
+    """Padded at first, with a gap in a later call: the turn of the gap has data behind it, those of the end none."""
+
+    def model(y, mask):
+        z = torch.zeros(len(y))
+        with pyro.plate("series", len(y)):
+            for t in pyro.markov(range(y.shape[1])):
+                with poutine.mask(mask=mask[:, t]):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                    pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[:, t])
+
+    y, mask = torch.randn(6, 4), torch.arange(4) < torch.tensor([[4], [4], [3], [3], [4], [4]])
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(y, mask)
+    mask[4, 1] = False
+    nodes = poutine.trace(guide).get_trace(y, mask).nodes
+    assert nodes["z_1"]["mask"].tolist() == [True] * 6
+    assert nodes["z_3"]["mask"].tolist() == [True, True, False, False, True, True]
+
+
+def test_a_mask_over_data_that_were_under_none_is_refused():
+    def model(y, mask=None):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            fn = dist.Normal(z, 1.0)
+            pyro.sample("y", fn if mask is None else fn.mask(mask), obs=y)
+
+    y, mask = torch.randn(8), torch.arange(8) < 5
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(y)
+    guide.posterior(y, torch.ones(8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"site 'y' is under a mask in this call, but was under none.*initialize"):
+        guide.posterior(y, mask)

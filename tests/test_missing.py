@@ -110,13 +110,14 @@ def test_references_of_data_with_holes():
     y = data_with_holes()[:8]
     guide = AutoAmortizedNormal(by_event, encoder=Table())
     fit = fit_svi(by_event, guide, y, num_steps=5, progress=False, compile=False)
-    frame = amortization_gap(by_event, guide, y, num_steps=50, num_draws=200, progress=False).per_datum
+    frame = amortization_gap(by_event, guide, y, num_steps=100, num_draws=400, progress=False).per_datum
     exact = torch.zeros(8)
     for i, there in enumerate(~y.isnan()):
         if bool(there.any()):
             covariance = 0.25 * torch.eye(int(there.sum())) + 1.0
             exact[i] = dist.MultivariateNormal(torch.zeros(len(covariance)), covariance).log_prob(y[i, there])
-    assert frame["log_evidence"].to_numpy() == pytest.approx(exact.numpy(), abs=0.05)
+    error = (frame["log_evidence"] - exact.numpy()).abs()
+    assert (error <= 4 * frame["log_evidence_se"] + 0.01).all()
     assert to_arviz(fit, num_samples=5).log_likelihood["y"].notnull().any()
     mcmc = run_mcmc(by_event, y, num_samples=5, warmup_steps=5, num_chains=1, progress=False, engine="pyro")
     assert mcmc.samples["z"].isfinite().all()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pyro_amortize import Posterior
+from pyro_amortize.masks import PriorWithoutData
 from pyro_amortize.posterior import DRAWS, normal_underneath, prior_median
-from pyro_amortize.supports import PriorWithoutData, dressed
+from pyro_amortize.supports import dressed
 
 LOC, SCALE = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 1.2])
 BASE = dist.Normal(LOC, SCALE)
