@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,25 +49,18 @@ class Informing:
 
     def _compare(self, plate: Plate) -> bool:
         there = self.plates[plate.name].full_size
-        numbered = self._is_numbered(plate.name)
         ours, theirs = (call.tensors for call in self.calls)
-        both = {name: (value, theirs[name]) for name, value in ours.items() if name in theirs}
-        known = {name for name in self._arguments(plate.name) if name in both}
-        if not known and not numbered:  # a table is made without a look at arguments: by their lengths
-            known = {
-                n
-                for n, (one, other) in both.items()
-                if (there, plate.full_size) in zip(one.shape, other.shape, strict=False)
-            }
-        if not all(_agree(*both[name]) for name in known):
+        both = [(ours[name], theirs[name]) for name in self._arguments(plate.name) if name in ours and name in theirs]
+        if not all(_agree(*pair) for pair in both):
             return False
-        return numbered or (plate.full_size >= there if known else plate.full_size == there)
+        if self._is_numbered(plate.name):
+            return True
+        return plate.full_size >= there if both else plate.full_size == there
 
-    def _arguments(self, plate: str) -> Iterator[str]:
-        """Yields the arguments that have an axis for a plate."""
-        for level in (level for block in self.plan.blocks for level in block.levels):
-            yield from (source.name for source in level.sources if plate in source.plates)
-            yield from [level.link.argument] if level.link and plate in level.link.rows else []
+    def _arguments(self, plate: str) -> set[str]:
+        """Returns the arguments that have an axis for a plate."""
+        links = [level.link for block in self.plan.blocks for level in block.levels if level.link is not None]
+        return {*self.plan.rows.get(plate, ()), *(link.argument for link in links if plate in link.rows)}
 
     def _is_numbered(self, plate: str) -> bool:
         blocks = self.plan.blocks

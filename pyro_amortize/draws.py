@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, side_by_side
 from pyro_amortize.structure import plates_of
+from pyro_amortize.subsamples import axis_of
 
 Values = dict[str, Tensor]
 Program = Callable[[int, int | None], Model]
@@ -41,7 +42,13 @@ class Runs:
         """How many dimensions the plates take."""
         return max((-plate.dim for plate in plates_of(self.sites.values()).values()), default=0)
 
-    def values(self, num_draws: int, nesting: int, together: bool = True) -> Values:
+    def values(
+        self,
+        num_draws: int,
+        nesting: int,
+        together: bool = True,
+        wanted: Callable[[Any], bool] = lambda _: True,
+    ) -> Values:
         """Draws anew.
 
         Args:
@@ -50,10 +57,14 @@ class Runs:
             together: Whether draws may be made in one run, where that gives what a run each gives: at some of them,
                 the first, the last, and the outermost ones of a few sites, the densities of all sites and the values of
                 deterministic ones are to be those of a run each.
+            wanted: Says of a site whether its values are to be kept.
 
         Returns:
             Site -> shape (num_draws, *site's shape).
         """
+        names = [name for name, site in self.sites.items() if wanted(site)]
+        if not names:
+            return {}
         size = sum(site["value"].numel() for site in self.sites.values())
         chunk = min(num_draws, max(1, CHUNK // max(1, size)))
         first = self._together(chunk, nesting) if together and chunk > 1 else None
@@ -62,7 +73,7 @@ class Runs:
         for start in range(chunk * len(parts), num_draws, chunk):
             count = None if first is None else min(chunk, num_draws - start)
             parts.append(self._as_rows(self._run(start, count, nesting), count, nesting))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _run(self, start: int, count: int | None, nesting: int) -> dict[str, Any]:
         program = side_by_side(self.program(start, count), count, nesting)
@@ -128,6 +139,53 @@ def laid(value: Tensor, batch_dim: int, start: int, count: int | None, nesting: 
     if count is None:
         return value[start]
     return value[start : start + count].reshape(count, *(1,) * (nesting - batch_dim), *value.shape[1:])
+
+
+def run_at(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: Values,
+    indices: Mapping[str, Any],
+    num_draws: int,
+    *,
+    handler: Callable[[Model], Model] = lambda model: model,
+    together: bool = True,
+    wanted: Callable[[Any], bool] = lambda _: True,
+) -> tuple[Values, dict[str, Any]]:
+    """Runs a model at draws of its latents.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Latent -> shape (num_draws, *site's shape). Others are drawn.
+        indices: The elements of plates.
+        num_draws: Number of draws.
+        handler: Put around the model in each run.
+        together: As of :meth:`Runs.values`.
+        wanted: Likewise.
+
+    Returns:
+        The values of the sites that are wanted, and all sites in a run at the first draw.
+    """
+    first = Held({name: value[0] for name, value in values.items()}, indices)
+    sites = Runs(lambda *_: handler(first(model)), args, kwargs)
+    nesting = sites.nesting
+    batches = {name: len(sites.sites[name]["fn"].batch_shape) for name in values if name in sites.sites}
+
+    def program(start: int, count: int | None) -> Model:
+        held = {name: laid(values[name], batch, start, count, nesting) for name, batch in batches.items()}
+        return handler(Held(held, indices)(model))
+
+    sites.program = program
+    return sites.values(num_draws, nesting, together, wanted), sites.sites
+
+
+def plates_by_axis(site: Any) -> tuple[str | None, ...]:
+    """Returns the plate of each axis of a site's value."""
+    names = {axis_of(site, plate): plate.name for plate in plates_of([site]).values()}
+    return tuple(names.get(axis) for axis in range(-site["value"].dim(), 0))
 
 
 def is_deterministic(site: Any) -> bool:

@@ -25,6 +25,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_amortize.answering import Answer, answered
+from pyro_amortize.answers import Derived, Others
 from pyro_amortize.arguments import refuse_guide, with_rows
 from pyro_amortize.building import Builder, check_encoder, check_inputs
 from pyro_amortize.calls import Call, Model, signature_of
@@ -237,6 +239,10 @@ class AutoAmortized(AutoGuide):
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """Returns q given these data, globals included: any number of rows, seen in training or not.
 
+        It is for all rows of the data, also where the model draws some at random (``subsample_size=``): such a plate is
+        walked through. With elements that the call fixes (``subsample=index``), or minibatches as arguments, it is for
+        these, in their order.
+
         Runs in eval mode, without gradients, and leaves the model before its decoder. Data are prepared and encoded
         some rows at a time, so that beside data and answer, memory does not grow with their number; a reader of series
         and links between plates see all of theirs at once, though. Where a site's support depends
@@ -248,12 +254,17 @@ class AutoAmortized(AutoGuide):
             RuntimeError: The guide has no parameters yet.
             ValueError: Data are missing, do not fit, or new rows are asked of a table.
         """
-        run = self._answer("posterior", args, kwargs)
-        indices = dict(run.reader.indices)
-        discrete = partial(self._discrete, args, kwargs, indices) if run.plan.enumerated else None
-        conditional = any(source.drawn for block in run.plan.blocks for source in block.sources)
-        joint = partial(self._drawn, args, kwargs, indices) if conditional else None
-        return Posterior(run.found, run.plates, discrete, joint)
+        answer = self._answer("posterior", args, kwargs)
+        assert self.plan is not None
+        discrete = joint = None
+        conditional = any(source.drawn for block in self.plan.blocks for source in block.sources)
+        if conditional or (answer.walked and self.plan.enumerated):
+            joint = partial(self._drawn, args, kwargs, answer)
+        elif self.plan.enumerated:
+            discrete = partial(self._discrete, args, kwargs, answer)
+        deterministic = partial(self._deterministic, args, kwargs, answer)
+        others = Others(answer.series(self.plan), self.plan.without_answer, deterministic)
+        return Posterior(answer.found, answer.plates, discrete, joint, others)
 
     def predictive(
         self,
@@ -309,40 +320,41 @@ class AutoAmortized(AutoGuide):
         self._refuse_uninitialized("predictive")
         assert self.plan is not None
 
-        def guided(known: Known, indices: Mapping[str, Any]) -> Model:
-            return lambda *args, **kwargs: GuidedRun(self, args, kwargs, {}, known=known, indices=indices).sample()
-
         self._warned.clear()
         call, informing = (args, model_kwargs or {}), None if given is None else arguments_of(given)
         for arguments in (call, informing or call):
             call_of(self, *arguments)
-        with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
-            prediction = Prediction(self.model, self.plan, guided, num_samples, parallel)
+        with self._predicting(num_samples, parallel) as prediction:
             return prediction.draw(call, informing)
 
-    def _drawn(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Any], count: int
-    ) -> dict[str, Tensor]:
-        """Draws from q run by run, the encoders of some sites being given the draws of others."""
-        found = []
+    @contextmanager
+    def _predicting(self, num_draws: int, parallel: bool = True) -> Iterator[Prediction]:
+        """Runs a block with what draws of a call are made by, and leaves all but the random state as it was."""
+
+        def guided(known: Known, indices: Mapping[str, Any]) -> Model:
+            return lambda *args, **kwargs: GuidedRun(self, args, kwargs, {}, known=known, indices=indices).sample()
+
+        self._register()
         with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
-            for _ in range(count):
-                run = GuidedRun(self, args, kwargs, {}, indices=indices)
-                values = run.sample()
-                left = self.plan.left_to_model  # type: ignore[union-attr]
-                found.append({n: v for n, v in values.items() if run.plan.turn_of(n)[0] not in left})
-        return {name: torch.stack([values[name] for values in found]) for name in found[0]}
+            yield Prediction(self.model, self.plan, guided, num_draws, parallel)  # type: ignore[arg-type]
+
+    def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, count: int) -> dict[str, Tensor]:
+        """Draws from q jointly, the encoders of some sites being given the draws of others."""
+        with self._predicting(count) as prediction:
+            return prediction.latents((args, kwargs), _others(answer))
+
+    def _deterministic(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, draws: dict[str, Tensor]
+    ) -> dict[str, Derived]:
+        """Returns the deterministic sites at draws of the latents."""
+        with self._predicting(len(next(iter(draws.values()), ()))) as prediction:
+            return prediction.deterministic((args, kwargs), draws, _others(answer))
 
     def _discrete(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        indices: dict[str, Any],
-        draws: dict[str, Tensor],
-        count: int,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, draws: dict[str, Tensor], count: int
     ) -> dict[str, Tensor]:
         """Draws the sites that are summed out, given draws of the other latents."""
-        found = draw_enumerated(self.model, args, kwargs, draws, indices, count)
+        found = draw_enumerated(self.model, args, kwargs, draws, answer.indices, count)
         summed = self.plan.enumerated  # type: ignore[union-attr]
         return {name: value for name, value in found.items() if self.plan.turn_of(name)[0] in summed}  # type: ignore[union-attr]
 
@@ -467,15 +479,20 @@ class AutoAmortized(AutoGuide):
             else:
                 pyro.param(name, parameter)
 
-    def _answer(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuidedRun:
+    def _answer(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         """Runs the model with every latent at its median."""
         self._refuse_uninitialized(what)
         self._register()
-        with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
-            run = GuidedRun(self, args, kwargs, {}, answering=True)
+
+        def run(indices: Mapping[str, Any]) -> Answer:
+            run = GuidedRun(self, args, kwargs, {}, answering=True, indices=indices)
             with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
                 run.sample()
-        return run
+            at_random = frozenset(run.at_random)
+            return Answer(run.sites, run.found, run.plates, run.values, dict(run.reader.indices), at_random)
+
+        with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
+            return answered(run, self.model, args, kwargs)
 
     def _refuse_uninitialized(self, what: str) -> None:
         if self.plan is None:
@@ -512,6 +529,11 @@ def guide_apart(model: Model, **options: Any) -> AutoAmortized:
     guide = AutoAmortized(model, **options)
     guide._registration.takes_loaded = False
     return guide
+
+
+def _others(answer: Answer) -> dict[str, Any]:
+    """Returns the elements of plates that an answer is for, of those that it did not walk through."""
+    return {n: index for n, index in answer.indices.items() if index is not None and n not in answer.walked}
 
 
 def _constantly(value: Any) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
-from pyro_amortize.carried import Known, line_for
+from pyro_amortize.carried import Known
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import is_index
+from pyro_amortize.layout import lengthened, of_turn, placed, without_axes
 from pyro_amortize.masks import PriorWithoutData, under_masks
 from pyro_amortize.missing import has_nan
 from pyro_amortize.plan import AmortizationPlan, Block
@@ -41,6 +42,7 @@ from pyro_amortize.supports import (
     unconstrained_shape,
     with_logits,
 )
+from pyro_amortize.uninformed import Uninformed
 
 if TYPE_CHECKING:
     from pyro_amortize.guides import AutoAmortized
@@ -78,6 +80,8 @@ class GuidedRun(Messenger):
         self.values: dict[str, Tensor] = {}
         self.found: dict[str, Any] = {}
         self.plates: dict[str, tuple[str, ...]] = {}
+        self.sites: dict[str, Any] = {}
+        self.at_random: set[str] = set()
         inputs, kind = guide.options["inputs"], type(guide).__name__
         self.reader = Reader(self.model, self.plan, self.call, (args, kwargs), observations, inputs, kind)
         self.reader.fixed |= {name: index for name, index in (indices or {}).items() if index is not None}
@@ -85,13 +89,14 @@ class GuidedRun(Messenger):
         self._with_data: dict[str, Tensor | None] = {}
         self._sizes: dict[str, list[int]] = {}
         self._ahead: dict[str, bool] = {}
-        self._at_random: set[str] = set()
         self._exit_after: frozenset[str] | None = None
         self._outside = [-1 - i for i, frame in enumerate(_DIM_ALLOCATOR._stack) if frame is not None]  # of particles
-        self._without_data: dict[str, Block] = {}
         self._informed = known is not None and known.informing is not None
+        self._uninformed = Uninformed(self.plan, self.call, self._informed, kind)
         self._new_rows: dict[str, str] = {}
         self._looks_for_masks = False
+        self._beyond: set[str] = set()
+        self._inside = False
 
     def sample(self) -> dict[str, Tensor]:
         """Runs the model up to its last latent; returns the values of all latents."""
@@ -108,7 +113,11 @@ class GuidedRun(Messenger):
                 self.model(*self.args, **self.kwargs)
         except _Done:
             pass
-        self._warn_of_priors()
+        except Exception:
+            if self._inside or not self._beyond or not self._is_covered():
+                raise  # else a forecast, of which the model's own run shows what comes after the latents
+            self._exit_after = frozenset()
+        self._uninformed.warn(self._kind_of_call(), self.guide._warned)
         if self._exit_after is None and not self._looks_for_masks:
             self.learn_exit(set(self.values))
         return self.values
@@ -168,7 +177,17 @@ class GuidedRun(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         msg["stop"] = True
 
+    def _is_covered(self) -> bool:
+        """Whether all latents of the plan have been drawn."""
+        drawn = {self.plan.turn_of(name)[0] for name in self.values}
+        return all(site in drawn for block in self.plan.blocks for site in block.sites)
+
     def _pyro_sample(self, msg: Any) -> None:
+        self._inside = True
+        self._guide_site(msg)
+        self._inside = False
+
+    def _guide_site(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             self._subsample(msg)
@@ -243,6 +262,8 @@ class GuidedRun(Messenger):
             self.reader.indices[name] = msg["value"] if is_index(msg["value"]) else None
         elif not msg["is_observed"] and self._is_guided(name):
             self.values[name] = self.reader.drawn[name] = msg["value"]
+            if self.answering:
+                self.sites[name] = msg
             if self._exit_after is not None and self._exit_after <= set(self.values):
                 raise _Done
         elif self._is_guided(name):  # conditioned from outside
@@ -306,13 +327,16 @@ class GuidedRun(Messenger):
             msg["value"] = self.guide.master().plates[name].indices
             msg["stop"] = True
             self.reader.indices[name] = msg["value"]
-        elif msg["value"] is None:
-            msg["value"] = {**self.reader.looked_up.get("indices", {}), **self.reader.fixed}.get(name)
+        elif msg["value"] is None and name in self.reader.fixed:
+            msg["value"] = self.reader.fixed[name]
+        elif msg["value"] is None and name in self.reader.looked_up.get("indices", {}):
+            msg["value"] = self.reader.looked_up["indices"][name]
+            self.at_random.add(name)
         if msg["value"] is None:
             draw = msg["fn"].sample
 
             def noted(*args: Any, **kwargs: Any) -> Any:  # called unless a handler outside says which elements
-                self._at_random.add(name)
+                self.at_random.add(name)
                 return draw(*args, **kwargs)
 
             msg["fn"].sample = noted
@@ -343,12 +367,18 @@ class GuidedRun(Messenger):
         parameters = self._encoded(block, plates) if block.levels else []
         if not block.amortized:
             parameters = coder(self._index(block, plates))
+            there = [self.plan.plates[name] for name in block.plates]
             self._sizes[block.name] = [
-                plates[name].size if name in plates else self.plan.plates[name] for name in block.plates
+                (min(n, plates[name].size) if self._goes_on(block, plates[name]) else plates[name].size)
+                if name in plates
+                else n
+                for n, name in zip(there, block.plates, strict=True)
             ]
         elif parameters is None:
             self._refuse_missing(block)
-            self._note_missing(block, plates)
+            self._uninformed.note(block, plates)
+        if parameters is not None:
+            parameters = self._extended(block, plates, parameters)
         if self.answering and parameters is not None:
             parameters = [values.detach() for values in parameters]
             if any(has_nan(values) for values in parameters):
@@ -361,6 +391,31 @@ class GuidedRun(Messenger):
         other_size = marks is not None and list(marks.shape) != self._sizes[block.name]  # which is refused in its turn
         if marks is not None and (other_size or (self.answering and bool(marks.all()))):
             self._with_data[block.name] = None
+        return parameters
+
+    def _goes_on(self, block: Block, plate: Plate) -> bool:
+        """Whether a plate is longer than the table of its latents and the data: its last elements are forecasts."""
+        known = self.plan.plates[plate.name]
+        if plate.name not in block.couples or plate.size <= known:
+            return False
+        return any(known in value.shape for value in self.call.tensors.values())
+
+    def _extended(self, block: Block, plates: dict[str, Plate], parameters: list[Tensor]) -> list[Tensor]:
+        """Lets elements after the last datum have the model's own conditional, in plates where each moves others."""
+        sizes = list(self._sizes[block.name])
+        for axis, name in enumerate(block.plates):
+            lacking = plates[name].size - sizes[axis] if name in plates and name in block.couples else 0
+            if lacking <= 0:
+                continue
+            marks = self._with_data.get(block.name) if block.exact_prior else None
+            marks = torch.ones(sizes, dtype=torch.bool) if marks is None else marks
+            parts = [values.unflatten(-2, sizes) for values in parameters]
+            parts = [lengthened(values, axis - len(sizes) - 1, lacking) for values in parts]
+            parameters = [values.flatten(-1 - len(sizes), -2) for values in parts]
+            self._with_data[block.name] = lengthened(marks, axis, lacking)
+            self._beyond.add(block.name)
+            sizes[axis] += lacking
+        self._sizes[block.name] = sizes
         return parameters
 
     def _encoded(self, block: Block, plates: dict[str, Plate]) -> list[Tensor] | None:
@@ -472,39 +527,6 @@ class GuidedRun(Messenger):
                 f"by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
             )
 
-    def _note_missing(self, block: Block, plates: dict[str, Plate]) -> None:
-        """Notes a block without its data, unless its elements are new ones by their number, which should have none."""
-        linked = any(level.link and level.link.to in plates for level in block.levels)
-        as_planned = all(plate.full_size == self.plan.plates[name] for name, plate in plates.items())
-        if self._partly_there(block) or (not self._informed and (linked or as_planned)):
-            self._without_data[block.name] = block
-
-    def _partly_there(self, block: Block) -> bool:
-        """Whether this call holds some of the observations that inform a block, but not all."""
-        feeding = {s.name for s in block.sources if s.feeds is not None and s.axes is not None}
-        return len({self.call.leaves.get(name) is None for name in feeding}) > 1
-
-    def _warn_of_priors(self) -> None:
-        """Warns, once a kind of call, of latents that training informed, and that this call does not."""
-        key = (self._kind_of_call(), self._informed, *self._without_data)
-        if not self._without_data or key in self.guide._warned:
-            return
-        self.guide._warned.add(key)
-        blocks = self._without_data.values()
-        sites = ", ".join(f"'{site}'" for block in blocks for site in block.sites)
-        sources = [source for block in blocks for source in block.sources if not source.drawn]
-        missing = dict.fromkeys(f"'{s.name}'" for s in sources if self.call.leaves.get(s.name) is None)
-        if any(map(self._partly_there, blocks)):
-            what, advice = "not all data that inform {} are in this call", "Pass them."
-        else:
-            what = "no data of this call inform {}, though they did in training"
-            advice = f"For the posterior, and to predict other rows than those that inform: {line_for(self.call)}."
-        warnings.warn(
-            f"{type(self.guide).__name__}: {what.format(sites)}. Without {', '.join(missing)}, draws are from the "
-            f"prior, given the latents above. {advice}",
-            stacklevel=2,
-        )
-
     def _index(self, block: Block, plates: dict[str, Plate]) -> Tensor:
         """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
         index = torch.zeros(1, dtype=torch.long)
@@ -513,21 +535,21 @@ class GuidedRun(Messenger):
             ids = self.guide.row_ids.get(name)
             if ids is None and name in plates:
                 present = plates[name].full_size
-                if present != full_size:
+                if present != full_size and not self._goes_on(block, plates[name]):
                     raise ValueError(
                         f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
                         f"{full_size} elements of plate '{name}', but this call has {present}. A table cannot answer "
                         f"for new rows; {block.remedy}."
                     )
                 self._refuse_unknown_rows(block, plates[name])
-                ids = self.reader.indices.get(name)
+                ids = self.reader.indices.get(name) if present == full_size else None
             ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
             index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
         return index
 
     def _refuse_unknown_rows(self, block: Block, plate: Plate) -> None:
         """Refuses a minibatch of the rows of a table that an argument holds, where the plate drew its indices."""
-        for name, axis in self.plan.rows.get(plate.name, {}).items() if plate.name in self._at_random else ():
+        for name, axis in self.plan.rows.get(plate.name, {}).items() if plate.name in self.at_random else ():
             rows = self.call.leaves.get(name)
             if isinstance(rows, Tensor) and rows.dim() > axis and rows.shape[axis] == plate.size < plate.full_size:
                 raise ValueError(
@@ -546,28 +568,28 @@ class GuidedRun(Messenger):
         axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]
         outside = [dim - event_dim for dim in self._outside]
-        expected = _without_axes(whole, [*axes, *outside], len(shape) + len(axes) + len(outside))
+        expected = without_axes(whole, [*axes, *outside], len(shape) + len(axes) + len(outside))
         if expected != shape:
             raise ValueError(
                 f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
                 f"space, but the guide was initialized with {shape}. Build a new guide for this model."
             )
         sizes, present = self._sizes[block.name], [plate.size for plate in plates]
-        values = _of_turn(parameters[which], block.plates, sizes, turn)
+        values = of_turn(parameters[which], block.plates, sizes, turn)
         marks, with_data = None, self._with_data.get(block.name)
         if with_data is not None:
-            marks = _of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
-            marks = _placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
-        own = marks if block.exact_prior else None
+            marks = of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
+            marks = placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
+        own = marks if block.exact_prior or block.name in self._beyond else None
         idle = block.sites[which] in self.plan.idle and block.chain is None  # of a chain marks tell what data depend on
         if idle and isinstance(msg["mask"], Tensor):
             own = msg["mask"] if own is None else own & msg["mask"]
         own = None if self.answering and own is not None and bool(own.all()) else own
         if extra is None:
             parts = values.split(block.dims[which], -1)
-            q = self.guide.family.distribution(*(_placed(part, present, axes, shape) for part in parts))
+            q = self.guide.family.distribution(*(placed(part, present, axes, shape) for part in parts))
         else:
-            logits = _placed(values, present, [axis - len(extra) for axis in axes], shape + extra)
+            logits = placed(values, present, [axis - len(extra) for axis in axes], shape + extra)
             q = with_logits(prior, logits, own)
         q = under_masks(msg, q, marks, idle)
         batch_shape = torch.broadcast_shapes(q.batch_shape, prior.batch_shape)
@@ -599,35 +621,6 @@ def _enumeration_of(q: Any) -> dict[str, Any]:
     """Says of a discrete site that all its values be tried side by side, where ``TraceEnum_ELBO`` runs the guide."""
     enumerating = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
     return {"enumerate": "parallel" if enumerating and q.has_enumerate_support else None}
-
-
-def _of_turn(values: Tensor, plates: tuple[str, ...], sizes: list[int], turn: dict[str, int]) -> Tensor:
-    """Picks the elements of one turn of loops out of values of shape (..., elements, width)."""
-    if not turn:
-        return values
-    lead = values.dim() - 2
-    whole = values.reshape(*values.shape[:lead], *sizes, values.shape[-1])
-    for position, plate in reversed(list(enumerate(plates))):
-        if plate in turn:
-            whole = whole.select(lead + position, turn[plate])
-    return whole.reshape(*values.shape[:lead], -1, values.shape[-1])
-
-
-def _placed(values: Tensor, sizes: list[int], axes: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Brings parameters of shape (..., elements, dim) to a site's shape, each plate at its axis from the right."""
-    lead = values.shape[:-2]
-    values = values.reshape((*lead, *sizes, *shape)) if sizes else values.reshape((*lead, *shape))
-    missing = max((-axis for axis in axes), default=0) - (len(shape) + len(sizes))
-    if missing > 0:
-        values = values.reshape((*lead, *sizes, *(1,) * missing, *shape))
-    first = len(lead)
-    return values.movedim(list(range(first, first + len(sizes))), axes) if sizes else values
-
-
-def _without_axes(shape: Sequence[int], axes: list[int], count: int) -> tuple[int, ...]:
-    kept = list(shape)[max(len(shape) - count, 0) :]
-    drop = {axis + len(kept) for axis in axes}
-    return tuple(size for i, size in enumerate(kept) if i not in drop)
 
 
 def _form_families(names: Any) -> bool:

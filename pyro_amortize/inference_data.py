@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -16,11 +17,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 
 from pyro_amortize import arviz_bridge
+from pyro_amortize.answers import Series
 from pyro_amortize.compare import Comparison
+from pyro_amortize.draws import is_deterministic, plates_by_axis, run_at
 from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.fit import SVIFit
 from pyro_amortize.gap import GapReport
 from pyro_amortize.guides import AutoAmortized
+from pyro_amortize.loops import find_loops
 from pyro_amortize.mcmc import MCMCFit
 from pyro_amortize.parameters import preserved
 from pyro_amortize.pointwise import Pointwise, batch_of
@@ -37,13 +41,15 @@ def to_arviz(obj: Any, num_samples: int | None = None) -> Any:
 
     It is an ``InferenceData`` in ArviZ 0.x and a ``DataTree`` in 1.x. Dimensions are ``chain`` and ``draw``, then the
     plates around a site by their names, outer to inner, then the axes of its event, ``z_dim_0``, ``z_dim_1``, ...; axes
-    of size 1 that only fill a place between plates are left out. Sites of loops, ``z_0``, ``z_1``, ..., are variables
-    of their own. A '/' in a name, which files do not allow, becomes '_'; a site that is called ``chain`` or ``draw``,
-    and a plate that is called as these or as a site, gets a '_' at its end.
+    of size 1 that only fill a place between plates are left out. Sites of loops, ``z_0``, ``z_1``, ..., are one
+    variable, ``z_*``, whose turns are a dimension after the plates: ``steps``, or the name of a sequential plate. A '/'
+    in a name, which files do not allow, becomes '_'; a site that is called ``chain`` or ``draw``, and a plate that is
+    called as these or as a site, gets a '_' at its end.
 
     Groups:
 
-    * ``posterior``: draws of the latents, those that are summed out included, given the others and the data.
+    * ``posterior``: draws of the latents, those that are summed out included, given the others and the data; and of
+      the deterministic sites.
     * ``log_likelihood``: log p(observation | latents) in nats of every observed site, by element of its plates; what a
       mask covers counts 0. All latents are at their draws, discrete ones too; where each datum has one of its own,
       k-hat of leave-one-out is high. Where several sites are observed, tell ArviZ which: ``az.loo(..., var_name="x")``.
@@ -149,7 +155,10 @@ def _of_posterior(posterior: Posterior, num_samples: int | None) -> Groups:
     for name, value in draws.items():
         batch = posterior.sites[name].batch_shape if name in posterior.sites else Size()
         arrays[name] = _array(value[None], _placed(batch, posterior.plates.get(name, ())), LEAD)
-    return {"posterior": arrays}
+    with _undisturbed():
+        derived = posterior.others.deterministic(draws)
+    arrays |= {name: _array(site.draws[None], site.plates, LEAD) for name, site in derived.items()}
+    return {"posterior": _as_series(arrays, posterior.others.series.items())}
 
 
 def _of_draws(draws: Mapping[str, Any], num_samples: int | None) -> Groups:
@@ -177,8 +186,7 @@ def _of_guide(guide: Any, call: _Call, num_samples: int | None, given: Collectio
     with _undisturbed(call.model, guide):
         plate = _subsampled(call)
         if plate is None and isinstance(guide, AutoAmortized):
-            draws = guide.posterior(*call.args, **call.kwargs).sample((num_draws,))
-            return _of_model(call, _as_a_chain(draws), given)
+            return _of_model(call, _as_a_chain(guide.posterior(*call.args, **call.kwargs).sample((num_draws,))), given)
         if plate is None:
             return _of_model(call, _as_a_chain(_traced(guide, call, num_draws, {})), given)
         parts: list[tuple[Groups, Tensor]] = []
@@ -316,16 +324,55 @@ def _of_model(
 
     data = {name: _array(run.value_of(site), _around(site)) for name, site in run.observed.items()}
     observed = {name: site for name, site in run.observed.items() if name not in given}
+    held = {name: value for name, value in values.items() if name in run.latents}
+    found, sites = run_at(
+        call.model, call.args, call.kwargs, held, indices or {}, shape.numel(), wanted=is_deterministic
+    )
+    derived = {n: _array(v.unflatten(0, shape), plates_by_axis(sites[n]), LEAD) for n, v in found.items()}
     groups = {
-        "posterior": sampled(values, run.latents),
+        "posterior": {**sampled(values, run.latents), **derived},
         "log_likelihood": sampled(run.log_likelihood(), observed),
         "observed_data": {name: array for name, array in data.items() if name not in given},
         "constant_data": {name: array for name, array in data.items() if name in given},
     }
-    return {group: arrays for group, arrays in groups.items() if arrays}
+    drawn = {name: site for name, site in sites.items() if not is_deterministic(site)}
+    return {group: _as_series(arrays, _series_of(drawn, arrays)) for group, arrays in groups.items() if arrays}
+
+
+def _series_of(sites: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Series]]:
+    """Yields the sites of each loop of a run, of those that are named."""
+    families, loops = find_loops(sites)
+    for family in families:
+        turns = {numbers: name for name in names if (numbers := family.numbers(name)) is not None}
+        firsts = [loops[loop].first or 0 for loop in family.loops]
+        inside = {k: turns[k] for k in sorted(turns) if all(n >= first for n, first in zip(k, firsts, strict=True))}
+        sizes = tuple(len(set(numbers)) for numbers in zip(*inside, strict=True))
+        if inside and len(inside) == math.prod(sizes):
+            yield family.name, Series(tuple(inside.values()), sizes, family.loops, (), 0)
 
 
 # Axes.
+
+
+def _as_series(arrays: dict[str, _Array], series: Iterable[tuple[str, Series]]) -> dict[str, _Array]:
+    """Puts the sites of each loop into one variable, its turns after the plates."""
+    found = dict(arrays)
+    for name, one in series:
+        parts = [arrays[member] for member in one.members if member in arrays]
+        if len(parts) < len(one.members) or len({(part.plates, part.values.shape) for part in parts}) > 1:
+            continue
+        lead, plates = parts[0].lead, parts[0].plates
+        place = max((i + 1 for i, plate in enumerate(plates) if plate is not None), default=0)
+        axis = len(lead) + place
+        values = torch.stack([part.values for part in parts], axis).unflatten(axis, one.sizes)
+        whole = _Array(values, (*plates[:place], *one.loops, *plates[place:]), lead)
+        found = {
+            key: array
+            for member, part in found.items()
+            if member == one.members[0] or member not in one.members
+            for key, array in [(name, whole) if member == one.members[0] else (member, part)]
+        }
+    return found
 
 
 def _around(site: Any) -> list[str | None]:

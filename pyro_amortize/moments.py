@@ -17,6 +17,7 @@ from torch.distributions.transforms import ExpTransform
 from tqdm import tqdm
 
 from pyro_amortize import arviz_bridge
+from pyro_amortize.answers import Joined
 from pyro_amortize.calls import Model
 from pyro_amortize.fit import seeded
 from pyro_amortize.guides import AutoAmortized
@@ -118,7 +119,7 @@ def _of_generated(
 
 def _has_closed_form(fn: Any) -> bool:
     """Whether moments and quantiles of a generated guide's site are known: on the reals and the positives."""
-    if isinstance(fn, dist.MaskedMixture):
+    if isinstance(fn, (dist.MaskedMixture, Joined)):
         return False
     transforms = normal_underneath(fn)[1]  # type: ignore[index]
     return all(isinstance(transform, ExpTransform) for transform in transforms) and len(transforms) <= 1

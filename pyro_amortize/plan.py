@@ -158,6 +158,20 @@ class AmortizationPlan:
                     return family.name, turn
         return site, {}
 
+    def without_answer(self, name: str) -> str | None:
+        """Says why q has no answer for a site; None for sites of blocks, and for unknown ones."""
+        site, _ = self.turn_of(name)
+        if site in self.left_to_model:
+            return (
+                f"is left to the model: no data inform it, so its posterior is its prior given the other latents. Draw "
+                f"it: guide.predictive(...)[{name!r}]"
+            )
+        if site in self.enumerated:
+            return f"is summed out of q: it has draws only, posterior.sample((1000,))[{name!r}]"
+        if site in self.foreign:
+            return "is hidden from this guide"
+        return f"is observed: its replicates are guide.predictive(...)[{name!r}]" if site in self.observed else None
+
     @property
     def pooled(self) -> dict[str, str]:
         """Plates of which an encoder needs all rows, as it pools them or sees beside an element, and a site of its."""

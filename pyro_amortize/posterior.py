@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
+from pyro_amortize.answers import NUM_DRAWS, Answers, Derived, Joined, Others, UnknownSite
 from pyro_amortize.supports import support_of, undressed
 
 DRAWS = 4096
@@ -32,12 +34,18 @@ class Posterior:
     latents that the model marks for enumeration are summed out of q: they have draws, but no moments. Discrete latents
     that are amortized have ``probs``; sites whose encoder sees one of them are given its mode, in all but ``sample``.
 
+    All answers are dicts of the latents. Asked by name, they hold more: the sites of a loop, ``z_0``, ``z_1``, ..., as
+    one, ``mean["z_*"]``, with an axis for the turns after those of the plates; and deterministic sites,
+    ``mean["rate"]``, for which the model is run, as it is by then: in ``sample`` at the same draws, in moments,
+    medians and quantiles at 1,000 draws of a fixed seed. Other names raise an error that says why they have no answer.
+
     Args:
         sites: Distribution of every latent site that the guide samples.
         plates: Names of the plates around it, outer to inner.
         discrete: Draws the enumerated sites, given draws of the others (site -> shape (draws, *site's shape)) and
             their number. None without such sites.
         joint: Draws so many times from all sites of the guide. None if these are independent.
+        others: What there is to say of other names.
     """
 
     def __init__(
@@ -46,44 +54,47 @@ class Posterior:
         plates: Mapping[str, tuple[str, ...]],
         discrete: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
         joint: Callable[[int], dict[str, Tensor]] | None = None,
+        others: Others | None = None,
     ) -> None:
         self.sites = dict(sites)
         self.plates = dict(plates)
         self.discrete = discrete
         self.joint = joint
+        self.others = others or Others()
+        self._deterministic: dict[str, Derived] | None = None
 
     @property
     def _continuous(self) -> dict[str, Any]:
         return {name: fn for name, fn in self.sites.items() if not is_discrete(fn)}
 
     @property
-    def mean(self) -> dict[str, Tensor]:
+    def mean(self) -> Answers:
         """Posterior means: closed form on the reals and the positives, else from 4,096 draws of a fixed seed.
 
         Of the sites that the guide samples; those that are summed out have draws only.
         """
-        return {name: _moments(fn)[0] for name, fn in self._continuous.items()}
+        found = {name: _moments(fn)[0] for name, fn in self._continuous.items()}
+        return self._answers("mean", found, self._fixed_draws, lambda draws: draws.mean(0))
 
     @property
-    def stddev(self) -> dict[str, Tensor]:
+    def stddev(self) -> Answers:
         """Posterior standard deviations, found as the means are."""
-        return {name: _moments(fn)[1] for name, fn in self._continuous.items()}
+        found = {name: _moments(fn)[1] for name, fn in self._continuous.items()}
+        return self._answers("stddev", found, self._fixed_draws, lambda draws: draws.std(0))
 
     @property
-    def median(self) -> dict[str, Tensor]:
-        """Medians in unconstrained space, mapped to the support; of discrete sites the mode.
-
-        Elements without data have their prior's, exact where it has a quantile function or is symmetric, else that of
-        4,096 draws of a fixed seed.
-        """
-        return {name: typical(fn) for name, fn in self.sites.items()}
+    def median(self) -> Answers:
+        """Medians in unconstrained space, mapped to the support; of discrete sites the mode."""
+        found = {name: typical(fn) for name, fn in self.sites.items()}
+        return self._answers("median", found, self._fixed_draws, lambda draws: draws.median(0).values)
 
     @property
-    def probs(self) -> dict[str, Tensor]:
+    def probs(self) -> Answers:
         """Probabilities of the discrete sites that are amortized, as the ``probs`` of their distributions."""
-        return {name: undressed(fn).probs for name, fn in self.sites.items() if is_discrete(fn)}
+        found = {name: _probs(fn) for name, fn in self.sites.items() if is_discrete(fn)}
+        return self._answers("probs", found, dict, lambda draws: draws)
 
-    def quantiles(self, quantiles: Sequence[float] | Tensor) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Sequence[float] | Tensor) -> Answers:
         """Returns quantiles of each dimension in unconstrained space, mapped to the support.
 
         Args:
@@ -93,13 +104,15 @@ class Posterior:
             Site -> tensor of shape (number of quantiles, *site's shape).
         """
         check_quantiles("Posterior.quantiles", quantiles)
-        return {name: _quantiles(fn, quantiles) for name, fn in self._continuous.items()}
+        found = {name: _quantiles(fn, quantiles) for name, fn in self._continuous.items()}
+        levels = torch.as_tensor(quantiles)
+        return self._answers("quantiles", found, self._fixed_draws, lambda d: torch.quantile(d, levels.to(d), 0))
 
-    def sample(self, sample_shape: int | Sequence[int] = ()) -> dict[str, Tensor]:
+    def sample(self, sample_shape: int | Sequence[int] = ()) -> Answers:
         """Draws jointly from all sites.
 
         Enumerated sites are drawn from the model, given the draws of the others and the data: q(z) p(c | z, data).
-        They take runs of the model, as it is by then, in eval mode.
+        They take runs of the model, as it is by then, in eval mode; so do deterministic sites, once they are asked for.
 
         Args:
             sample_shape: Leading shape of the draws, or their number.
@@ -108,14 +121,63 @@ class Posterior:
             Site -> tensor of shape (*sample_shape, *site's shape).
         """
         lead = Size([sample_shape]) if isinstance(sample_shape, int) else Size(sample_shape)
-        count = lead.numel()
+        draws = self._draw(lead.numel())
+
+        def shaped(value: Tensor) -> Tensor:
+            return value.reshape(lead + value.shape[1:])
+
+        @cache
+        def deterministic() -> dict[str, Derived]:
+            return self.others.deterministic(draws) if lead.numel() else {}
+
+        return self._answers("sample", {name: shaped(v) for name, v in draws.items()}, deterministic, shaped)
+
+    def _draw(self, count: int) -> dict[str, Tensor]:
         if self.joint is None or not count:
             draws = {name: fn.sample(Size([count])) for name, fn in self.sites.items()}
         else:
             draws = self.joint(count)
-        if self.discrete is not None and count:
-            draws |= self.discrete(draws, count)
-        return {name: value.reshape(lead + value.shape[1:]) for name, value in draws.items()}
+        return draws | self.discrete(draws, count) if self.discrete is not None and count else draws
+
+    def _answers(
+        self,
+        what: str,
+        values: Mapping[str, Tensor],
+        deterministic: Callable[[], Mapping[str, Derived]],
+        answer: Callable[[Tensor], Tensor],
+    ) -> Answers:
+        """Makes an answer that has one of the draws of deterministic sites, too, and of series."""
+
+        def others(name: str) -> Tensor:
+            series = {n: one for n, one in self.others.series.items() if set(one.members) <= set(values)}
+            if name in series:
+                return series[name].stacked(values)
+            reason = self._reason(name, what)
+            found = {} if reason else deterministic()
+            if name in found:
+                return answer(found[name].draws)
+            known = [*values, *series, *found]
+            raise UnknownSite(f"Posterior.{what}: '{name}' {reason or 'is no site of model or guide'}. Known: {known}.")
+
+        return Answers(values, others)
+
+    def _reason(self, name: str, what: str) -> str | None:
+        """Says why a name has no answer; None for one that may be a deterministic site."""
+        series = self.others.series.get(name)
+        example = series.members[0] if series else name
+        if example not in self.sites:
+            return self.others.reason(name)
+        if what == "probs":
+            return "is continuous: it has a mean"
+        return f"is discrete: it has posterior.probs[{example!r}], and draws"
+
+    def _fixed_draws(self) -> dict[str, Derived]:
+        """Returns draws of deterministic sites, of a fixed seed."""
+        if self._deterministic is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self._deterministic = self.others.deterministic(self._draw(NUM_DRAWS))
+        return self._deterministic
 
     def log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns log q in nats of values in constrained space.
@@ -137,8 +199,12 @@ class Posterior:
             )
         unknown = sorted(set(values) - set(self.sites))
         if unknown:
-            raise ValueError(f"Posterior.log_prob: '{unknown[0]}' is no site of the guide. Known: {list(self.sites)}.")
+            reason = self.others.reason(unknown[0]) or "is no site of the guide"
+            raise ValueError(f"Posterior.log_prob: '{unknown[0]}' {reason}. Known: {list(self.sites)}.")
         return {name: self.sites[name].log_prob(value) for name, value in values.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "others": Others(self.others.series)}  # without the model and its data
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(fn.shape())}" for name, fn in self.sites.items())
@@ -162,6 +228,8 @@ def is_discrete(fn: Any) -> bool:
 
 def typical(fn: Any) -> Tensor:
     """Returns the median of each element of a distribution of the guide's; of a discrete one the mode."""
+    if isinstance(fn, Joined):
+        return fn.each(typical)
     if not is_discrete(fn):
         if isinstance(fn, dist.MaskedMixture):
             return _quantiles(fn, [0.5])[0]
@@ -204,7 +272,17 @@ def _parts(transform: Transform) -> list[Transform]:
     return [transform]
 
 
+def _probs(fn: Any) -> Tensor:
+    if isinstance(fn, Joined):
+        example = _probs(fn.parts[0][0])
+        return fn.each(_probs, example.dim() - len(fn.batch_shape))
+    probs: Tensor = undressed(fn).probs
+    return probs
+
+
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(fn, Joined):
+        return fn.each(lambda part: _moments(part)[0]), fn.each(lambda part: _moments(part)[1])
     if isinstance(fn, dist.MaskedMixture):
         pairs = zip(_prior_moments(fn.component0), _moments(fn.component1), strict=True)
         mean, stddev = (torch.where(_on_values(fn), own, prior) for prior, own in pairs)
@@ -310,6 +388,8 @@ def _draws(fn: Any, count: int) -> Tensor:
 
 
 def _quantiles(fn: Any, quantiles: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(fn, Joined):
+        return fn.each(lambda part: _quantiles(part, quantiles))
     if isinstance(fn, dist.MaskedMixture):
         own = _quantiles(fn.component1, quantiles)
         return torch.where(_on_values(fn), own, _prior_quantiles(fn.component0, torch.as_tensor(quantiles).to(own)))

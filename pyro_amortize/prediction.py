@@ -10,13 +10,14 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
+from pyro_amortize.answers import Derived
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.carried import Informing, Known
-from pyro_amortize.draws import Held, Runs, Values, laid
+from pyro_amortize.draws import Held, Runs, Values, is_deterministic, plates_by_axis, run_at
 from pyro_amortize.enumeration import draw_enumerated
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.subsamples import axis_of, covering, walked
+from pyro_amortize.subsamples import axis_of, covering, generic_sites, walked
 from pyro_amortize.supports import can_be_drawn, undressed
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -92,16 +93,39 @@ class Prediction:
         known = Known({}, None if informing is None else self._informed(informing, call))
         return self._walk(walked(self.model, *call), call, known, {}, self._replicated).values
 
+    def latents(self, call: Arguments, indices: Indices) -> Values:
+        """Draws the latents alone, but those that are left to the model."""
+        drawn = self._walk(walked(self.model, *call), call, Known({}, None), indices, self._latents)
+        return self._guided(drawn.values)
+
+    def deterministic(self, call: Arguments, draws: Values, indices: Indices) -> dict[str, Derived]:
+        """Returns the deterministic sites at draws of the latents; other latents are drawn."""
+        sites = {site["name"]: site for site in generic_sites(self.model, *call)}
+
+        def draw(call: Arguments, _: Known, indices: Indices) -> Drawn:
+            held = dict(draws)
+            for name in draws:
+                for plate in plates_of([sites[name]]).values():
+                    here, axis = indices.get(plate.name), axis_of(sites[name], plate)
+                    if here is not None and axis is not None and held[name].shape[axis] == plate.full_size:
+                        held[name] = held[name].index_select(axis, here.to(held[name].device))
+            return self._at(call, Drawn(held, sites, frozenset(), indices), lambda model: model, is_deterministic)
+
+        drawn = self._walk(walked(self.model, *call), call, Known({}, None), indices, draw)
+        return {name: Derived(value, plates_by_axis(drawn.sites[name])) for name, value in drawn.values.items()}
+
+    def _guided(self, values: Values) -> Values:
+        return {n: value for n, value in values.items() if self.plan.turn_of(n)[0] not in self.plan.left_to_model}
+
     def _informed(self, informing: Arguments, call: Arguments) -> Informing:
         plates = walked(self.model, *informing)
         drawn = self._walk(plates, informing, Known({}, None), {}, self._latents)
-        left = {name for name in drawn.values if self.plan.turn_of(name)[0] in self.plan.left_to_model}
         walks = {plate.name for plate in plates}
         frames = plates_of(drawn.sites.values())
         return Informing(
             self.plan,
             (Call(self.model, *informing), Call(self.model, *call)),
-            {name: value for name, value in drawn.values.items() if name not in left},
+            self._guided(drawn.values),
             drawn.sites,
             {name: plate for name, plate in frames.items() if plate.size == plate.full_size or name in walks},
             frozenset(plates_of(drawn.sites[name] for name in drawn.observed)),
@@ -181,17 +205,23 @@ class Prediction:
 
     def _replicated(self, call: Arguments, known: Known, indices: Indices) -> Drawn:
         """Draws latents, and what is observed given these."""
-        drawn = self._latents(call, known, indices)
-        batches = {name: len(site["fn"].batch_shape) for name, site in drawn.sites.items()}
-        nesting = 0
+        return self._at(call, self._latents(call, known, indices), Replicate(), lambda _: True)
 
-        def program(start: int, count: int | None) -> Model:
-            held = {name: laid(v, batches[name], start, count, nesting) for name, v in drawn.values.items()}
-            return Replicate()(Held(held, drawn.indices)(self.model))  # type: ignore[no-any-return]
-
-        runs = Runs(program, *call)
-        nesting = runs.nesting
-        return replace(drawn, values=runs.values(self.num_draws, nesting, self.together))
+    def _at(
+        self, call: Arguments, drawn: Drawn, handler: Callable[[Model], Model], wanted: Callable[[Any], bool]
+    ) -> Drawn:
+        """Runs the model at draws of its latents, for the values of some of its sites."""
+        values, sites = run_at(
+            self.model,
+            *call,
+            drawn.values,
+            drawn.indices,
+            self.num_draws,
+            handler=handler,
+            together=self.together,
+            wanted=wanted,
+        )
+        return replace(drawn, values=values, sites=sites)
 
 
 def arguments_of(given: Any) -> Arguments:

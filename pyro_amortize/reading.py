@@ -95,7 +95,7 @@ def free_plate(block: Block, plates: dict[str, Plate]) -> str | None:
         name
         for name in block.plates
         if name in plates
-        and name not in (block.chain, block.reach.plate if block.reach else None)
+        and name not in (*block.couples, block.reach.plate if block.reach else None)
         and not any(name in plates_ and name not in into for plates_, into in ways)
     ]
     linked = any(level.link for level in block.levels)
@@ -411,7 +411,10 @@ class Reader:
         rows = inputs(*self.arguments[0], **self.arguments[1])  # type: ignore[operator]
         sizes = [plates[name].size if name in plates else name for name in block.plates]  # a loop may have any length
         fits = isinstance(rows, Tensor) and rows.dim() >= len(sizes)
-        if not fits or any(size != n for size, n in zip(sizes, rows.shape, strict=False) if isinstance(size, int)):
+        for name, size, n in zip(block.plates, sizes, rows.shape, strict=False) if fits else ():
+            forecast = name in block.couples and isinstance(size, int) and n < size
+            fits &= forecast or not isinstance(size, int) or size == n
+        if not fits:
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             raise ValueError(
                 f"{self.kind}: the function in inputs= returned {got} for '{block.sites[0]}'. Expected a tensor of "

@@ -59,6 +59,12 @@ def walked(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     return picked
 
 
+def generic_sites(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the sample sites of a model, its latents at generic values; it is left as found."""
+    with preserved(model, evaluating=True), torch.no_grad(), poutine.block():
+        return _Generic().sites(model, args, kwargs)
+
+
 def axis_of(site: Any, plate: Plate) -> int | None:
     """Returns the axis of a plate in the values of a site, counted from the right; None if it has none.
 

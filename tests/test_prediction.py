@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import CASES
 from pyro import poutine
+from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import Predictive
 
 from pyro_amortize import MLP, AutoAmortizedNormal, Table, amortize
@@ -256,6 +257,35 @@ def test_later_steps_of_a_plate():
     assert agrees(draws["e"][:, :10], posterior.mean["e"], posterior.stddev["e"])
     assert agrees(draws["e"][:, 10:], torch.tensor(0.0), torch.tensor(0.5))
     assert agrees(draws["x"] - draws["e"].cumsum(-1), torch.tensor(0.0), torch.tensor(0.1))
+
+
+class Walk(ForecastingModel):
+    def model(self, zero_data, covariates):
+        step = pyro.sample("step", dist.LogNormal(-2.0, 0.1))
+        with self.time_plate:
+            drift = pyro.sample("drift", dist.Normal(zero_data, step[..., None]).to_event(1))
+        self.predict(dist.Normal(torch.zeros(1), 0.3).to_event(1), drift.cumsum(-2))
+
+
+@pytest.mark.parametrize("encoder", [None, {"drift": MLP((4,))}], ids=["table", "encoder"])
+def test_forecasts_of_pyros_forecaster(encoder):
+    data, covariates, model = torch.randn(12, 1).cumsum(0), torch.zeros(15, 0), Walk()
+    inputs = encoder and {"drift": lambda data, covariates: data}
+    guide = AutoAmortizedNormal(model, encoder=encoder, inputs=inputs)
+    options = {"num_steps": 1, "log_every": 0}
+    forecaster = Forecaster(model, data, covariates[:12], guide=guide, **options)
+    draws = forecaster(data, covariates, num_samples=NUM)
+    assert draws.shape == (NUM, 3, 1)
+    known, whole = (guide.posterior(data, covariates[:n]) for n in (12, 15))
+    assert torch.equal(whole.mean["drift"][:12], known.mean["drift"])
+    step = known.median["step"]  # of the steps ahead, the model's own conditional
+    torch.testing.assert_close(whole.mean["drift"][12:], torch.zeros(3, 1))
+    torch.testing.assert_close(whole.stddev["drift"][12:], step.expand(3, 1))
+    end = known.mean["drift"].sum()
+    assert abs(draws[:, 2].mean() - end) < 5 * draws[:, 2].std() / NUM**0.5
+    if encoder is None:  # other rows are no forecasts
+        with pytest.raises(ValueError, match="'drift' has a table with a row for each of the 12 elements"):
+            guide.posterior(torch.randn(15, 1), covariates)
 
 
 def test_an_event_cannot_grow():
