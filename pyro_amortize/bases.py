@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,8 @@ def _graph(base: Base) -> set[Edge]:
     """Which latents and arguments the gradient of each site's density leads to; of loops, the families."""
     held = base.held
     try:
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, where numbers are taken out of tensors that have gradients
             factors = factors_of(held.run(gradients=True))
     except Exception:  # a model need not be differentiable
         return set()

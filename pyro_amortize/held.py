@@ -99,11 +99,12 @@ class HeldRun(Messenger):
         values = {name: self._own(self.inputs, name, value) for name, value in self.call.tensors.items()}
         args, kwargs = self.call.replaced({**values, **(leaves or {})})
         pyro.set_rng_seed(seed)
-        with torch.set_grad_enabled(gradients), poutine.block(), under or nullcontext(), self:
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        trace = prune_subsample_sites(trace)
         with torch.set_grad_enabled(gradients), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered ")  # densities that are not finite, said where they matter
+            warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, at values far off
+            warnings.filterwarnings("ignore", "Encountered ")  # of Pyro, where densities are not finite
+            with poutine.block(), under or nullcontext(), self:
+                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace = prune_subsample_sites(trace)
             trace.compute_log_prob()
             self._nodes = dict(trace.nodes)
             self.sites = merged(trace.nodes, self.families, self.loops)
@@ -176,6 +177,16 @@ def places(
             refuse_nan(held._nodes.values(), "plan_amortization", call.tensors)
         found += 1
         yield held
+
+
+def finite_place(model: Model, call: Call) -> HeldRun:
+    """Runs a model where all its densities are finite, if that is found soon; else where its latents' priors live."""
+    tried = []
+    for held in places(model, call):
+        if all_finite(held.sites):
+            return held
+        tried.append(held)
+    return tried[0]
 
 
 def all_finite(nodes: Mapping[str, Any]) -> bool:

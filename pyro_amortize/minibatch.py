@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.examination import examine
 from pyro_amortize.excerpt import Part
-from pyro_amortize.held import HeldRun, all_finite, places
+from pyro_amortize.held import HeldRun, finite_place
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, Source
 
@@ -136,8 +136,7 @@ def _exact_way(model: Model, both: Minibatches, part: Part | None) -> Minibatche
     plate = both.plate if part is None else part.plates.get(both.plate.name, both.plate)
     reason: str | None = None
     with preserved(model, evaluating=True):
-        found = list(places(model, call))
-        held = next((held for held in found if all_finite(held.sites)), found[0])
+        held = finite_place(model, call)
         full = _sums(held.run())
         for way in ways:
             reason = _bias(replace(way, call=call, plate=plate), held, full)

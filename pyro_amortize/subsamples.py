@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_amortize.calls import Model
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import generic_value
+from pyro_amortize.supports import prior_value
 
 
 class Subsample(Messenger):
@@ -79,7 +79,7 @@ def axis_of(site: Any, plate: Plate) -> int | None:
 
 
 class _Generic(Messenger):
-    """Runs a model with its latents at generic values, and notes the plates that draw their elements."""
+    """Runs a model with its latents where their priors live, and notes the plates that draw their elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,4 +94,4 @@ class _Generic(Messenger):
         if site_is_subsample(msg):
             self.at_random |= {msg["name"]} if msg["value"] is None else set()
         elif not msg["is_observed"] and msg["value"] is None:
-            msg["value"] = generic_value(msg)
+            msg["value"] = prior_value(msg)

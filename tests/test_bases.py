@@ -1,5 +1,6 @@
 """Where a model is run when it is looked at: its latents' priors may live anywhere."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.constraints as constraints
@@ -182,6 +183,12 @@ def test_what_informs_a_rectified_latent_trains_it():
     assert fit.elbo > -208  # AutoNormal reaches -204.2; the prior as q has -227
 
 
+def test_a_model_that_lives_far_from_zero_is_trained_in_minibatches_and_predicts():
+    y = LOCAL[rooted]
+    fit = fit_svi(rooted, AutoAmortizedNormal(rooted), y, num_steps=3, batch_size=10, progress=False, seed=0)
+    assert fit.guide.predictive(y, num_samples=2)["y"].shape == (2, N)
+
+
 # How many places it takes.
 
 
@@ -353,6 +360,18 @@ def test_zeros_under_a_mask_are_no_matter():
 def test_values_outside_of_a_support_are_refused_in_pyros_words():
     with pytest.raises(ValueError, match=r"site 'y'[\s\S]*support"):
         plan_amortization(negative_counts, torch.full((N,), 0.5))
+
+
+def test_no_warning_comes_of_values_far_off():
+    def model(y):
+        with plate(y):
+            w = pyro.sample("w", dist.Normal(5.0, 3.0))
+            loc = torch.as_tensor(np.exp(w.detach().numpy()))
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        pyro.sample("unused", dist.Normal(0.0, 1.0))
+
+    plan = plan_amortization(model, Y)  # all places are tried, in search of what 'unused' may move
+    assert plan.left_to_model == ("unused",)
 
 
 def test_a_model_that_raises_everywhere():
