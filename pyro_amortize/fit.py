@@ -23,7 +23,7 @@ from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios,
 from pyro_amortize.excerpt import LARGE, random_rows
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
-from pyro_amortize.parameters import Preserved
+from pyro_amortize.parameters import Preserved, refuse_replaced
 from pyro_amortize.steps import Optimizer, Options, Steps, decay, guide_parameters
 
 NUM_DRAWS = 200
@@ -245,6 +245,7 @@ class _Batches:
         self.way = _minibatches(model, guide, args, kwargs, options, ())
         self.length = self.way.plate.size if self.way is not None else 0
         with self._few() as call:
+            refuse_replaced("fit_svi", call[0], call[2], call[3])
             enumerated, self.nesting = enumerated_sites(*call)
             if self.way is not None:
                 refuse_other_plates(*call, self.way.plate.name)

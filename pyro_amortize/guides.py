@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from pyro_amortize.examination import examine
 from pyro_amortize.families import FAMILIES
 from pyro_amortize.handler import GuidedRun, call_of
 from pyro_amortize.inputs import Preparation, Prepare
-from pyro_amortize.parameters import preserved
+from pyro_amortize.parameters import preserved, refuse_replaced
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.planner import build_plan
 from pyro_amortize.posterior import Posterior, check_quantiles
@@ -45,6 +46,13 @@ from pyro_amortize.prediction import Prediction, arguments_of
 from pyro_amortize.registration import Registration
 from pyro_amortize.storage import load_model_state, model_state, options_of, read, write
 from pyro_amortize.supports import init_to_center
+
+MARK = "not_initialized"
+TOO_EARLY = (
+    "the guide's parameters were listed before there were any, as by torch.optim.Adam(guide.parameters()), and that "
+    "list is still in use: nothing in it trains the guide. Call guide.initialize(...) with the model's arguments, then "
+    "make the optimizer."
+)
 
 
 class AutoAmortized(AutoGuide):
@@ -131,6 +139,7 @@ class AutoAmortized(AutoGuide):
         super().__init__(model)
         del self.prototype_trace
         self._registration = Registration(type(self).__name__)
+        self._marks: list[weakref.ref[nn.Parameter]] = []
         self.plan: AmortizationPlan | None = None
         self.options: dict[str, Any] = {
             "family": family,
@@ -155,6 +164,19 @@ class AutoAmortized(AutoGuide):
 
     # Pyro's protocol.
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the modules; before there are parameters, one with a mark, which whoever lists parameters holds."""
+        yield from super().named_modules(*args, **kwargs)
+        if self.plan is None:
+            mark = _Mark()
+            self._marks.append(weakref.ref(mark.parameter))
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            yield (f"{prefix}.{MARK}" if prefix else MARK), mark
+
+    def _is_listed(self) -> bool:
+        """Whether parameters were listed before there were any, by one who holds the list still, as optimizers do."""
+        return any(mark() is not None for mark in self._marks)
+
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         # Not PyroModule's: its context would announce parameters a second time, and hide the model's own store.
         result: dict[str, Tensor] = nn.Module.__call__(self, *args, **kwargs)
@@ -166,6 +188,8 @@ class AutoAmortized(AutoGuide):
             self.signature = signature_of(self.model)
         observations = {} if "observations" in self.signature.parameters else kwargs.pop("observations", {})
         if self.plan is None:
+            if self._is_listed():
+                raise RuntimeError(f"{type(self).__name__}: {TOO_EARLY}")
             self.initialize(*args, **kwargs)
         self._announce()
         return GuidedRun(self, args, kwargs, observations).sample()
@@ -199,6 +223,7 @@ class AutoAmortized(AutoGuide):
         plan = build_plan(facts, *builder.choices(facts), self.options["inputs"], self.options["encoder"])
         builder.refuse_misplaced(plan)
         beginning, sample = builder.excerpts(facts, plan, (args, kwargs))
+        refuse_replaced(type(self).__name__, self.model, *beginning)
         run = GuidedRun(self, *sample, {}, plan=plan)
         examples = run.examples()
         cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)
@@ -416,7 +441,7 @@ class AutoAmortized(AutoGuide):
         # AutoGuide's would take the model away from the guide that is being copied.
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)
-        return {**self.__dict__, "master": None}
+        return {**self.__dict__, "master": None, "_marks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -446,6 +471,9 @@ class AutoAmortized(AutoGuide):
     def _take(
         self, plan: AmortizationPlan, coders: nn.ModuleDict, preparations: nn.ModuleDict, dtype: torch.dtype
     ) -> None:
+        if self._is_listed():
+            warnings.warn(f"{type(self).__name__}: {TOO_EARLY}", UserWarning, stacklevel=3)
+        self._marks = []
         self.plan, self.coders, self.preparations, self.dtype = plan, coders, preparations, dtype
         self._exits, self._given = {}, {}
 
@@ -510,6 +538,14 @@ class AutoAmortizedNormal(AutoAmortized):
 
     def __init__(self, model: Model, **options: Any) -> None:
         super().__init__(model, **{"family": "normal", **options})
+
+
+class _Mark(nn.Module):
+    """Stands among the modules of a guide that has no parameters yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(()))
 
 
 @contextmanager

@@ -6,13 +6,15 @@ They belong to the user. Looking at a model, judging it and fitting references t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import pyro
 import torch
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER as _DIVIDER
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -118,6 +120,44 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
             pyro.util.set_rng_state(rng)
         if random_state and cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
+
+
+def refuse_replaced(function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a model with a module under whose name the param store holds the parameters of another.
+
+    ``pyro.module`` goes on announcing those of the other then, so that nothing trains this one. Where it is told to,
+    by ``update_module_params=True``, it hands them to this one instead, so that there is none in the second run.
+
+    Raises:
+        ValueError: There is such a module.
+    """
+    if not any(_DIVIDER in name for name in pyro.get_param_store()):
+        return
+    with preserved(model, evaluating=True), torch.no_grad(), pyro.poutine.block():
+        for _ in range(2):
+            with _Replaced() as seen:
+                model(*args, **kwargs)
+    if seen.names:
+        name = seen.names[0]
+        raise ValueError(
+            f"{function}: the module that the model registers as '{name}' is not the one whose parameters the param "
+            f"store holds under this name, so that it would not be trained. Forget the other before the new one is "
+            f"used, pyro.clear_param_store(), or hand its parameters on: "
+            f"pyro.module('{name}', module, update_module_params=True)."
+        )
+
+
+class _Replaced(Messenger):
+    """Notes modules that are registered under names for which the param store holds other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        module, divider, _ = msg["name"].partition(_DIVIDER)
+        if divider and len(msg["args"]) > 1 and msg["args"][1] is not msg["value"].unconstrained():
+            self.names.append(module)
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
