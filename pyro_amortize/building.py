@@ -15,6 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_amortize.calls import Model
+from pyro_amortize.changes import described
 from pyro_amortize.encoders import (
     MLP,
     Constant,
@@ -205,8 +206,8 @@ class Builder:
         model: Model,
         arguments: Arguments,
         init_loc_fn: Callable[..., Any],
-    ) -> poutine.Trace:
-        """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the run of the model behind that."""
+    ) -> tuple[AmortizationPlan, poutine.Trace]:
+        """Makes q start at ``init_loc_fn`` with ``init_scale``; returns the plan, which says more now, and that run."""
         args, kwargs = arguments
         rng = pyro.util.get_rng_state()
         with preserved(model, evaluating=True):
@@ -226,7 +227,7 @@ class Builder:
                 else:
                     coder.heads[i].weight.data.mul_(0.1)
                     target.data.copy_(start.mean(0))
-        return trace
+        return described(plan, nodes), trace
 
     def _start_of(self, site: Any, block: Block, dtype: torch.dtype) -> Tensor:
         """Returns the parameters with which q of a site starts, shape (elements, width); if discrete, the prior's."""

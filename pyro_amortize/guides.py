@@ -139,6 +139,8 @@ class AutoAmortized(AutoGuide):
         super().__init__(model)
         del self.prototype_trace
         self._registration = Registration(type(self).__name__)
+        self._lacking: set[str] = set()  # sites that not every call of the model comes by
+        self._is_known = True  # whether the model was seen to be the one that the guide is for
         self._marks: list[weakref.ref[nn.Parameter]] = []
         self.plan: AmortizationPlan | None = None
         self.options: dict[str, Any] = {
@@ -168,10 +170,8 @@ class AutoAmortized(AutoGuide):
         """Yields the modules; before there are parameters, one with a mark, which whoever lists parameters holds."""
         yield from super().named_modules(*args, **kwargs)
         if self.plan is None:
-            mark = _Mark()
-            self._marks.append(weakref.ref(mark.parameter))
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            yield (f"{prefix}.{MARK}" if prefix else MARK), mark
+            yield (f"{prefix}.{MARK}" if prefix else MARK), _Mark(self._marks)
 
     def _is_listed(self) -> bool:
         """Whether parameters were listed before there were any, by one who holds the list still, as optimizers do."""
@@ -234,7 +234,7 @@ class AutoAmortized(AutoGuide):
         plan, preparations = builder.prepared(plan, examples, device, dtype)
         coders = builder.coders(plan, preparations, examples, device, dtype)
         self._take(plan, coders, preparations, dtype)
-        trace = builder.start(plan, coders, self.model, beginning, self.init_loc_fn)
+        self.plan, trace = builder.start(plan, coders, self.model, beginning, self.init_loc_fn)
         latents = {name for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
         run.learn_exit({name for name in latents if plan.turn_of(name)[0] not in plan.enumerated})
         self._versions = [p._version for p in self.parameters()]
@@ -408,7 +408,8 @@ class AutoAmortized(AutoGuide):
             guide_options: Modules and callables of your own with which the guide was made, passed again.
 
         Raises:
-            ValueError: Such an option is missing.
+            ValueError: Such an option is missing. At the first call, that the model is another than the guide was
+                trained for: a site is not there, has other values, or stands in other plates.
         """
         state = read(path, map_location)
         guide = cls(model, **options_of(cls.__name__, state["options"], guide_options))
@@ -422,7 +423,8 @@ class AutoAmortized(AutoGuide):
             return {}
         coders = {block.name: self.coder_of(block) for block in self.plan.blocks}
         widths = {name: coder.heads[0].in_features for name, coder in coders.items() if isinstance(coder, Heads)}
-        return {"plan": self.plan.to_dict(), "dtype": str(self.dtype).removeprefix("torch."), "widths": widths}
+        dtype, lacking = str(self.dtype).removeprefix("torch."), sorted(self._lacking)
+        return {"plan": self.plan.to_dict(), "dtype": dtype, "widths": widths, "lacking": lacking}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Makes the modules of a saved plan, unless they are there; their values follow."""
@@ -436,6 +438,7 @@ class AutoAmortized(AutoGuide):
                 preparations[block.key] = Preparation(block.levels, self.options["prepare"]).to(dtype)
         coders = self._builder().coders(plan, preparations, state["widths"], torch.device("cpu"), dtype)
         self._take(plan, coders, preparations, dtype)
+        self._lacking, self._is_known = set(state.get("lacking", ())), False
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's would take the model away from the guide that is being copied.
@@ -541,11 +544,25 @@ class AutoAmortizedNormal(AutoAmortized):
 
 
 class _Mark(nn.Module):
-    """Stands among the modules of a guide that has no parameters yet."""
+    """Stands among the modules of a guide that has no parameters yet; makes one for each who lists them.
 
-    def __init__(self) -> None:
+    Args:
+        given: Where these are noted.
+    """
+
+    def __init__(self, given: list[weakref.ref[nn.Parameter]]) -> None:
         super().__init__()
-        self.parameter = nn.Parameter(torch.zeros(()))
+        self.given = given
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        parameter = nn.Parameter(torch.zeros(()))
+        self.given.append(weakref.ref(parameter))
+        return {"mark": parameter}
+
+    @_parameters.setter
+    def _parameters(self, _: Any) -> None:
+        pass
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch import Tensor
 from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Known
+from pyro_amortize.changes import refuse_changed, refuse_lost
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import is_index
 from pyro_amortize.layout import lengthened, of_turn, placed, without_axes
@@ -89,6 +90,7 @@ class GuidedRun(Messenger):
         self._with_data: dict[str, Tensor | None] = {}
         self._sizes: dict[str, list[int]] = {}
         self._ahead: dict[str, bool] = {}
+        self._seen: set[str] = set()
         self._exit_after: frozenset[str] | None = None
         self._outside = [-1 - i for i, frame in enumerate(_DIM_ALLOCATOR._stack) if frame is not None]  # of particles
         self._informed = known is not None and known.informing is not None
@@ -118,9 +120,21 @@ class GuidedRun(Messenger):
                 raise  # else a forecast, of which the model's own run shows what comes after the latents
             self._exit_after = frozenset()
         self._uninformed.warn(self._kind_of_call(), self.guide._warned)
+        if self._exit_after is None:
+            self._learn_sites()
         if self._exit_after is None and not self._looks_for_masks:
             self.learn_exit(set(self.values))
         return self.values
+
+    def _learn_sites(self) -> None:
+        """Notes which sites a whole run of the model lacks; a guide from a file wants those that none lacked before."""
+        guide = self.guide
+        if not guide._is_known:
+            refuse_lost(type(guide).__name__, self.plan, self._seen | guide._lacking)
+        guide._is_known = True
+        guide._lacking |= {site for block in self.plan.blocks for site in block.sites} - {
+            self.plan.turn_of(name)[0] for name in self._seen
+        }
 
     def learn_exit(self, latents: set[str]) -> None:
         """Notes that a whole run of this kind of call samples these latents, so that the next may leave after them."""
@@ -189,6 +203,7 @@ class GuidedRun(Messenger):
 
     def _guide_site(self, msg: Any) -> None:
         name = msg["name"]
+        self._seen.add(name)
         if site_is_subsample(msg):
             self._subsample(msg)
             return
@@ -221,6 +236,8 @@ class GuidedRun(Messenger):
                     f"loop whose length may change is recognized from two turns on."
                 )
             return
+        if block is not None and self._exit_after is None:
+            refuse_changed(type(self.guide).__name__, msg, block, block.sites.index(site), turn)
         parameters = self._block_parameters(block, msg) if block else None
         if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
             msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out

@@ -64,6 +64,8 @@ class Block:
         distribution: The name of the distribution of a discrete site.
         remedy: What to write so that elements of a table have an encoder.
         constant: Whether that is ``Constant()``, one row of parameters for all elements, whatever their data.
+        spaces: For each site of which kind its values are: "real", "greaterthan", "simplex", ...
+        around: For each site the names of all plates around it.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Block:
     distribution: str | None = None
     constant: bool = False
     remedy: str = ""
+    spaces: tuple[str, ...] = ()
+    around: tuple[tuple[str, ...], ...] = ()
 
     @property
     def key(self) -> str:
@@ -210,6 +214,7 @@ class AmortizationPlan:
             ]
             shapes = tuple(tuple(shape) for shape in block["shapes"])
             parts = {"shapes": shapes, "levels": tuple(levels), "reach": block["reach"] and Reach(**block["reach"])}
+            parts["around"] = tuple(tuple(names) for names in block["around"])
             parts["logits"] = tuple(shape if shape is None else tuple(shape) for shape in block["logits"])
             blocks.append(Block(**{**_tuples(block), **parts}))
         masks = {site: source and _source(source) for site, source in code["masks"].items()}

@@ -33,7 +33,7 @@ ORDER = [
     {"labels", "latents", "sources", "bases"},
     {"examination"},
     {"plan", "inputs", "storage"},
-    {"verdict", "reading", "carried", "answering", "remedies"},
+    {"verdict", "reading", "carried", "answering", "remedies", "changes"},
     {"planner", "building", "prediction", "uninformed"},
     {"handler"},
     {"guides"},

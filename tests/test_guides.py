@@ -1,5 +1,6 @@
 """The guides' own options and promises; what holds for all of them is among the laws."""
 
+import copy
 import logging
 
 import pyro
@@ -15,7 +16,7 @@ from pyro.optim import Adam, ClippedAdam
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
-from pyro_amortize import MLP, AutoAmortized, AutoAmortizedNormal, Constant, Table
+from pyro_amortize import MLP, AutoAmortized, AutoAmortizedNormal, Constant, Table, fit_svi
 
 
 def guide_of(name, *, model=None, cls=AutoAmortizedNormal, **options):
@@ -39,7 +40,7 @@ def test_the_preset_is_the_guide_with_its_family():
 
 def test_parameters_exist_after_initialize():
     guide = AutoAmortizedNormal(CASES["linear"].make())
-    assert list(guide.parameters()) == []
+    assert list(guide.state_dict()) == ["_extra_state"]
     args, _ = CASES["linear"].example()
     guide.initialize(*args)
     assert len(list(guide.parameters())) == 7
@@ -364,6 +365,50 @@ def test_sites_and_plates_may_have_any_name(name, tmp_path):
         loaded = AutoAmortizedNormal.load(tmp_path / "guide.pt", program)
         (site,) = guide.median(x)
         assert torch.equal(loaded.median(x)[site], guide.median(x)[site])
+
+
+class TestOptimizersMadeTooEarly:
+    """Their list of parameters holds none of the guide's, so that they would train the model alone."""
+
+    def test_the_first_call_is_refused_while_one_is_there(self):
+        model, (x,) = CASES["module"].make(), CASES["module"].example()[0]
+        guide = AutoAmortizedNormal(model)
+        elbo = Trace_ELBO()(model, guide)
+        optimizer = torch.optim.Adam(elbo.parameters(), lr=0.1)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"guide.initialize\(...\)"):
+                elbo(x)
+        del optimizer
+        assert elbo(x).isfinite()
+
+    @pytest.mark.parametrize("how", ["initialize", "load_state_dict", "fit_svi"])
+    def test_whatever_makes_the_parameters_says_so(self, how):
+        model, (x,) = CASES["module"].make(), CASES["module"].example()[0]
+        other = AutoAmortizedNormal(model)
+        other.initialize(x)
+        guide = AutoAmortizedNormal(model)
+        optimizer = torch.optim.Adam(guide.parameters())
+        ways = {
+            "initialize": lambda: guide.initialize(x),
+            "load_state_dict": lambda: guide.load_state_dict(other.state_dict()),
+            "fit_svi": lambda: fit_svi(model, guide, x, num_steps=1, progress=False),
+        }
+        with pytest.warns(UserWarning, match=r"make the optimizer"):
+            ways[how]()
+        assert optimizer.param_groups
+
+    def test_nothing_is_said_of_one_that_is_made_in_time(self):
+        model, (x,) = CASES["module"].make(), CASES["module"].example()[0]
+        guide = AutoAmortizedNormal(model)
+        elbo = Trace_ELBO()(model, guide)
+        assert sum(p.numel() for p in guide.parameters()) <= 1
+        assert list(copy.deepcopy(guide).state_dict()) == list(guide.state_dict())
+        elbo(x)
+        optimizer = torch.optim.Adam(elbo.parameters(), lr=0.1)
+        before = [p.detach().clone() for p in guide.parameters()]
+        elbo(x).backward()
+        optimizer.step()
+        assert all(bool((old != new).any()) for old, new in zip(before, guide.parameters(), strict=True))
 
 
 def test_training_survives_a_cleared_param_store():

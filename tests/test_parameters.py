@@ -7,6 +7,7 @@ import torch
 from models import AUTOGUIDES, VAE, autoguided
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
@@ -320,3 +321,64 @@ def test_dropout_is_on_in_every_step_of_a_fit():
     Runs.stop = None
     fit_svi(net, AutoAmortizedNormal(net), num_steps=20, compile=True, progress=False)
     assert sum(seen) >= 20
+
+
+# Modules whose name in the store is another's
+
+
+class Decoder(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 4)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.net(z[..., None]), 1.0).to_event(1), obs=x)
+
+
+def registered(update):
+    net = nn.Linear(1, 4)
+
+    def model(x):
+        pyro.module("net", net, update_module_params=update)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(net(z[..., None]), 1.0).to_event(1), obs=x)
+
+    model.net = net
+    return model
+
+
+def stepped(make, make_guide=AutoAmortizedNormal):
+    model = make()
+    fit_svi(model, make_guide(model), X, num_steps=2, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("make", [Decoder, lambda: registered(False)], ids=["pyro-module", "function"])
+@pytest.mark.parametrize("make_guide", [AutoAmortizedNormal, AutoNormal])
+def test_a_module_that_another_s_name_hides_is_refused(make, make_guide):
+    stepped(make)
+    with pytest.raises(ValueError, match=r"'net' is not the one.*pyro.clear_param_store\(\)"):
+        stepped(make, make_guide)
+    with pytest.raises(ValueError, match=r"'net' is not the one"):
+        AutoAmortizedNormal(make()).initialize(X)
+    pyro.clear_param_store()
+    stepped(make, make_guide)
+
+
+def test_a_module_that_takes_the_other_s_parameters_is_trained():
+    first = stepped(lambda: registered(True))
+    second = registered(True)
+    with torch.no_grad():
+        second.net.weight.fill_(5.0)
+    fit_svi(second, AutoAmortizedNormal(second), X, num_steps=2, progress=False)
+    assert second.net.weight is first.net.weight
+
+
+def test_the_same_module_is_trained_on():
+    model = stepped(Decoder)
+    before = model.net.weight.clone()
+    fit_svi(model, AutoAmortizedNormal(model), X, num_steps=2, progress=False)
+    assert not torch.equal(model.net.weight, before)

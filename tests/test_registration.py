@@ -199,7 +199,9 @@ def test_references_start_afresh_whatever_was_loaded(tmp_path):
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store.pt")
     before = dict(pyro.get_param_store()._params)
-    at_work(AutoAmortizedNormal(model, encoder=MLP((3,))))
+    other = AutoAmortizedNormal(model, encoder=MLP((3,)))
+    other.initialize(X)
+    at_work(other)
     assert all(pyro.get_param_store()._params[name] is value for name, value in before.items())
 
 
