@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +26,9 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
 from pyro_amortize.subsamples import Subsample, covering
 from pyro_amortize.supports import is_delta, is_enumerated, support_of
+from pyro_amortize.unconstrained import Unconstrained
 
+H = TypeVar("H", bound=Messenger)
 Setting = tuple[Model, Model, tuple[Any, ...], dict[str, Any]]
 
 OF_PYRO = "_unconstrained"
@@ -245,9 +249,9 @@ class Evaluation:
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))
         return Densities(log_p, log_q)
 
-    def _model(self, count: int | None, data: dict[str, Tensor] | None = None) -> Model:
-        """The model for several draws at once, with latents held where data say so."""
-        model = poutine.condition(self.model, data=data) if data else self.model
+    def _model(self, count: int | None, held: Messenger | None = None) -> Model:
+        """The model for several draws at once, with latents held where a handler does so."""
+        model = self.model if held is None else held(self.model)
         run = enumerating if self.enumerated else side_by_side
         return run(model, count, self.nesting)
 
@@ -295,10 +299,42 @@ class Evaluation:
         Returns:
             Shape (draws, rows), or (draws,).
         """
+        return torch.cat([log_p for log_p, _ in self._walk(values, plate, ConditionMessenger)])
+
+    def at_unconstrained(self, values: dict[str, Tensor], plate: str | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns what :meth:`at` does at given values of unconstrained space, each taken to the support it has there.
+
+        Args:
+            values: Site -> shape (draws, *shape of the site in unconstrained space).
+            plate: As of :meth:`at`.
+
+        Returns:
+            log p without the Jacobian, and that: site -> log |d value / d unconstrained value|, shape (draws, *shape of
+            the site in unconstrained space less the dimensions that its bijection takes together).
+
+        Raises:
+            NotImplementedError: A support depends on a latent that is summed out.
+        """
+        log_p, log_det = [], dict[str, list[Tensor]]()
+        for part, held in self._walk(values, plate, Unconstrained):
+            log_p.append(part)
+            for name, det in held.log_det.items():
+                lead = len(part) if self.vectorized else 1
+                lacking = self.nesting - len(self.batches[name]) if self.vectorized else -1
+                shape = (lead, *det.shape[1 + lacking :])
+                if math.prod(shape) != det.numel():
+                    raise NotImplementedError(
+                        f"the support of site '{name}' depends on a latent that is summed out, so that it has no one "
+                        f"place in unconstrained space"
+                    )
+                log_det.setdefault(name, []).append(det.reshape(shape))
+        return torch.cat(log_p), {name: torch.cat(parts) for name, parts in log_det.items()}
+
+    def _walk(self, values: dict[str, Tensor], plate: str | None, holding: type[H]) -> Iterator[tuple[Tensor, H]]:
+        """Runs the model at given latents, some draws at a time; yields log p and what held the latents."""
         self._try_vectorizing(plate)
         num_draws = len(next(iter(values.values())))
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
-        pieces = []
         for start in range(0, num_draws, chunk):
             part = {name: value[start : start + chunk] for name, value in values.items()}
             count = len(next(iter(part.values())))
@@ -307,14 +343,14 @@ class Evaluation:
                 part = {n: v.reshape((count,) + (1,) * lacking[n] + v.shape[1:]) for n, v in part.items()}
             else:
                 part = {name: value[0] for name, value in part.items()}
-            model = self._model(count if self.vectorized else None, part)
+            held = holding(part)
+            model = self._model(count if self.vectorized else None, held)
             with pyro.validation_enabled(False):
                 trace = prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
                 for name, _ in list(trace.iter_stochastic_nodes()):
                     if name not in self.enumerated:
                         trace.remove_node(name)
-                pieces.append(self._log_p(trace, plate, count if self.vectorized else None))
-        return torch.cat(pieces)
+                yield self._log_p(trace, plate, count if self.vectorized else None), held
 
     def _log_p(self, trace: poutine.Trace, plate: str | None, count: int | None) -> Tensor:
         """Sums the log densities of the model's sites as :meth:`_sum` does, enumerated ones summed out."""
@@ -377,7 +413,9 @@ class Evaluation:
                     if site["type"] == "sample" and not site["is_observed"]:
                         full = (2, *site["value"].shape[1:])
                         values[name] = site["value"].expand(full)[k].reshape(self.shapes[name])
-                alone = poutine.trace(self._model(None, values)).get_trace(*self.args, **self.kwargs)
+                alone = poutine.trace(self._model(None, ConditionMessenger(values))).get_trace(
+                    *self.args, **self.kwargs
+                )
                 guided = poutine.trace(poutine.condition(self.guide, data=values)).get_trace(*self.args, **self.kwargs)
                 one = self._log_p(prune_subsample_sites(alone), plate, None)[0]
                 one_q = self._sum(self._own(guided), plate, None)[0]

@@ -270,10 +270,10 @@ class AutoAmortized(AutoGuide):
 
         Runs in eval mode, without gradients, and leaves the model before its decoder. Data are prepared and encoded
         some rows at a time, so that beside data and answer, memory does not grow with their number; a reader of series
-        and links between plates see all of theirs at once, though. Where a site's support depends
-        on another latent, it is taken at that latent's median; so is the prior of elements without data, whose draws
-        are joint with those of the latents above them in :meth:`predictive` only. Draws of it hold the sites that are
-        summed out too, given the other draws and the data.
+        and links between plates see all of theirs at once, though. Where a site's support depends on another latent,
+        it is taken at that latent's median, and in draws at its draw. So is the prior of elements without data at the
+        medians of the latents above them, with whose draws :meth:`predictive` alone is joint. Draws hold the sites
+        that are summed out too, given the other draws and the data.
 
         Raises:
             RuntimeError: The guide has no parameters yet.
@@ -283,13 +283,14 @@ class AutoAmortized(AutoGuide):
         assert self.plan is not None
         discrete = joint = None
         conditional = any(source.drawn for block in self.plan.blocks for source in block.sources)
-        if conditional or (answer.walked and self.plan.enumerated):
+        if conditional or self.plan.moving or (answer.walked and self.plan.enumerated):
             joint = partial(self._drawn, args, kwargs, answer)
         elif self.plan.enumerated:
             discrete = partial(self._discrete, args, kwargs, answer)
         deterministic = partial(self._deterministic, args, kwargs, answer)
         others = Others(answer.series(self.plan), self.plan.without_answer, deterministic)
-        return Posterior(answer.found, answer.plates, discrete, joint, others)
+        given = partial(self._given_values, args, kwargs, answer) if self.plan.moving else None
+        return Posterior(answer.found, answer.plates, discrete, joint, others, given)
 
     def predictive(
         self,
@@ -374,6 +375,17 @@ class AutoAmortized(AutoGuide):
         """Returns the deterministic sites at draws of the latents."""
         with self._predicting(len(next(iter(draws.values()), ()))) as prediction:
             return prediction.deterministic((args, kwargs), draws, _others(answer))
+
+    def _given_values(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, values: Mapping[str, Tensor]
+    ) -> Mapping[str, Any]:
+        """Returns q of each site with some latents held."""
+        if answer.walked:
+            raise NotImplementedError(
+                f"Posterior.log_prob: the support of '{self.plan.moving[0]}' depends on another latent, and a plate of "  # type: ignore[union-attr]
+                f"the model draws its elements at random. Call the model so that the plate does not subsample."
+            )
+        return self._answer("posterior", args, kwargs, values).found
 
     def _discrete(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, draws: dict[str, Tensor], count: int
@@ -510,14 +522,17 @@ class AutoAmortized(AutoGuide):
             else:
                 pyro.param(name, parameter)
 
-    def _answer(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
-        """Runs the model with every latent at its median."""
+    def _answer(
+        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Mapping[str, Tensor] | None = None
+    ) -> Answer:
+        """Runs the model with every latent at its median, or where it is held."""
         self._refuse_uninitialized(what)
         self._register()
 
         def run(indices: Mapping[str, Any]) -> Answer:
             run = GuidedRun(self, args, kwargs, {}, answering=True, indices=indices)
-            with dist.validation_enabled(False):  # of priors of all elements; the encoders' answers are looked at
+            # Priors of all elements are not validated; the encoders' answers are looked at.
+            with dist.validation_enabled(False), poutine.condition(data=dict(held or {})):
                 run.sample()
             at_random = frozenset(run.at_random)
             return Answer(run.sites, run.found, run.plates, run.values, dict(run.reader.indices), at_random)

@@ -29,7 +29,7 @@ from pyro_amortize.changes import refuse_changed, refuse_lost
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import is_index
 from pyro_amortize.layout import lengthened, of_turn, placed, without_axes
-from pyro_amortize.masks import PriorWithoutData, under_masks
+from pyro_amortize.masks import PriorAlone, PriorWithoutData, under_masks
 from pyro_amortize.missing import has_nan
 from pyro_amortize.plan import AmortizationPlan, Block
 from pyro_amortize.posterior import LIMIT, prior_median, typical
@@ -245,6 +245,7 @@ class GuidedRun(Messenger):
                 msg["fn"] = dist.Delta(msg["fn"].rsample(), event_dim=msg["fn"].event_dim)
             msg["value"] = prior_median(msg["fn"]) if self.answering else msg["value"]
             self._carry(msg, carried)
+            msg["fn"] = msg["fn"] if msg["fn"].has_rsample else PriorAlone(msg["fn"])
             return
         q = self._distribution(msg, block, block.sites.index(site), parameters, turn)
         msg["fn"] = q

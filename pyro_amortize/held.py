@@ -50,6 +50,7 @@ class HeldRun(Messenger):
     Attributes:
         values: The values at which latents are held.
         fresh: Other values, to replace them by.
+        nodes: The nodes of the last run's trace, as they are in the model.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class HeldRun(Messenger):
         self.unknowns: dict[str, Tensor] = {}
         self._latents: dict[str, Tensor] = {}
         self._observed: dict[str, Tensor] = {}
-        self._nodes: dict[str, Any] = {}
+        self.nodes: dict[str, Any] = {}
         self._gradients = False
 
     def run(
@@ -106,7 +107,7 @@ class HeldRun(Messenger):
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             trace = prune_subsample_sites(trace)
             trace.compute_log_prob()
-            self._nodes = dict(trace.nodes)
+            self.nodes = dict(trace.nodes)
             self.sites = merged(trace.nodes, self.families, self.loops)
         return self.sites
 
@@ -120,7 +121,7 @@ class HeldRun(Messenger):
 
     def replacements(self) -> dict[str, Tensor]:
         """Returns the fresh values, those of a loop's sites merged as the sites are."""
-        nodes = {n: {**s, "value": self.fresh[n]} if n in self.fresh else s for n, s in self._nodes.items()}
+        nodes = {n: {**s, "value": self.fresh[n]} if n in self.fresh else s for n, s in self.nodes.items()}
         fresh = merged(nodes, self.families, self.loops)
         return {name: site["value"] for name, site in fresh.items() if site["type"] == "sample"}
 
@@ -174,7 +175,7 @@ def places(
                 raise error
             continue
         if not found:  # in the user's mode of validation
-            refuse_nan(held._nodes.values(), "plan_amortization", call.tensors)
+            refuse_nan(held.nodes.values(), "plan_amortization", call.tensors)
         found += 1
         yield held
 

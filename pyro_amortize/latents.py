@@ -13,8 +13,10 @@ from pyro_amortize.held import Base, Change, kind_of
 from pyro_amortize.probes import Probes, spread_out
 from pyro_amortize.structure import Link, Plate, Site
 from pyro_amortize.supports import (
+    bijection,
     is_delta,
     is_enumerated,
+    is_free,
     logits_shape,
     site_mask,
     support_of,
@@ -71,6 +73,17 @@ class LatentProbes:
         batch = len(one["fn"].batch_shape)
         dims = {frame.dim for frame in one["cond_indep_stack"] if frame.name in plates}
         return tuple(size for i, size in enumerate(whole) if i - batch not in dims)
+
+    def moving(self) -> set[str]:
+        """Replaces all continuous latents at once; tells which of them live elsewhere then, or at another base."""
+        free = {name for name, site in self.probes.factors.items() if is_free(site)}
+        self.probes.changed(latents=dict.fromkeys(free, lambda _, fresh: fresh))
+        found = set()
+        for name, site in self.probes.unmerged.items():
+            others = [base.held.nodes[name] for base in self.probes.bases if name in base.held.nodes]
+            if is_free(site) and not why_unreached(site) and any(_moved(site, other) for other in others):
+                found.add(next((f.name for f in self.probes.families if f.numbers(name) is not None), name))
+        return found & free
 
     def reach_in_turn(self, loop: str) -> bool:
         """Replaces latents of single turns of a loop; tells whether each reaches data of its turn, and none before."""
@@ -250,6 +263,13 @@ class LatentProbes:
 def _replaced(where: Tensor) -> Change:
     """Replaces marked entries of a latent."""
     return lambda value, fresh: torch.where(where.to(value.device), fresh, value)
+
+
+def _moved(site: Any, other: Any) -> bool:
+    """Tells whether bijections of two runs of a site take a value to different places."""
+    raw = site["value"].new_full(unconstrained_shape(site), 0.7)
+    images = [bijection(each)(raw) for each in (site, other)]
+    return not torch.equal(*images)
 
 
 def _half(size: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions.transforms import ComposeTransform
 
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Recorded
@@ -22,7 +23,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.posterior import normal_underneath
 from pyro_amortize.subsamples import Subsample, covering
-from pyro_amortize.supports import is_fixed
+from pyro_amortize.supports import bijection, tensors_of
 
 PRIOR_DRAWS = 64
 
@@ -132,7 +133,7 @@ class LocalJoint:
         parts = []
         for site in self.sites:
             if site.name in nodes:
-                draws = site.unconstrained(nodes[site.name]["value"])
+                draws = site.unconstrained(nodes[site.name])
             else:
                 draws = site.loc.new_full((PRIOR_DRAWS, *site.loc.shape), torch.nan)
             parts.append(draws.reshape(PRIOR_DRAWS, self.num_rows, -1))
@@ -165,11 +166,7 @@ class LocalJoint:
         for indices, new in covering(self.frame):  # type: ignore[arg-type]
             with Subsample(self.plate, indices):  # type: ignore[arg-type]
                 parts.append([site.of(new) for site in self._sites_in_sight()])
-        sites = [_joined(pieces) for pieces in zip(*parts, strict=True)]
-        varying = [site.name for site in sites if not site.is_fixed]
-        if varying:
-            raise NotImplementedError(f"the support of site '{varying[0]}' differs between elements of a subsample")
-        return sites
+        return [_joined(pieces) for pieces in zip(*parts, strict=True)]
 
     def _sites_in_sight(self) -> list[Coordinates]:
         """Reads the guide's answer for the data that one run of it sees."""
@@ -196,8 +193,6 @@ class LocalJoint:
     @cached_property
     def _way(self) -> Minibatches | None:
         """How the model is run on some rows; None if only on all."""
-        if not all(site.is_fixed for site in self.sites):
-            return None
         found = exact_minibatches(self.model, self.args, self.kwargs, None, tuple(self.evaluation.enumerated))
         return found if isinstance(found, Minibatches) and found.plate.name == self.plate else None
 
@@ -227,16 +222,21 @@ class LocalJoint:
         kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         """Runs the model on the data as the arguments have them."""
-        latents, log_det, start = {}, torch.zeros(()), 0
-        for site in self.sites:
-            part = values[..., start : start + site.width]
-            latents[site.name], added = site.constrained(part, rows)
-            log_det, start = log_det + added, start + site.width
         evaluation = self.evaluation
         if args is not None and kwargs is not None and rows is not None:
             evaluation = evaluation.on(args, kwargs, self.plate, len(rows))  # type: ignore[arg-type]
-        log_p = evaluation.at(latents, self.plate)
-        return (log_p[:, None] if self.plate is None else log_p) + log_det
+        raw, start = {}, 0
+        for site in self.sites:
+            raw[site.name] = site.shaped(values[..., start : start + site.width])
+            start += site.width
+        if all(site.is_fixed for site in self.sites):
+            images = {site.name: site.constrained(raw[site.name]) for site in self.sites}
+            log_p = evaluation.at({name: value for name, (value, _) in images.items()}, self.plate)
+            log_dets = {name: log_det for name, (_, log_det) in images.items()}
+        else:  # each support as the model has it there
+            log_p, log_dets = evaluation.at_unconstrained(raw, self.plate)
+        log_p = log_p[:, None] if self.plate is None else log_p
+        return log_p + sum(site.weighed(log_dets[site.name], rows) for site in self.sites)
 
 
 class Coordinates:
@@ -245,6 +245,7 @@ class Coordinates:
     Attributes:
         loc: Means, shape (rows, rest): rows first, or one row of all.
         axis: The axis of the rows in the site's own shape, from the right.
+        is_fixed: Whether the support is the same for all elements, and whatever the other latents are.
     """
 
     def __init__(self, site: Any, plate: str | None) -> None:
@@ -252,7 +253,8 @@ class Coordinates:
         found = normal_underneath(fn)
         if found is None:
             raise NotImplementedError(f"site '{self.name}' of the guide is a {type(fn).__name__}, no normal underneath")
-        base, self.transforms = found
+        base, transforms = found
+        self.transform = ComposeTransform(transforms)
         self.axis: int | None = None
         if plate is not None:
             frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
@@ -261,11 +263,7 @@ class Coordinates:
         self.loc, self.scale = (self._rows_first(moment.detach()) for moment in (base.loc, base.scale))
         self.weight = self._rows_first(_weight(site, plate, base.loc.dim()).to(base.loc).expand(self.shape))
         self.width = self.loc[0].numel()
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the support is the same for all elements."""
-        return all(is_fixed(transform) for transform in self.transforms)
+        self.is_fixed = not tensors_of(self.transform)
 
     def of(self, rows: Tensor) -> Coordinates:
         """Keeps some rows."""
@@ -278,25 +276,22 @@ class Coordinates:
             return values.reshape(len(values), *self.shape)
         return values.reshape(*values.shape[:2], *self.loc.shape[1:]).movedim(1, self.axis)
 
-    def constrained(self, values: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Maps values, shape (draws, rows, width), to the support; returns the log Jacobian too, (draws, rows)."""
-        weight = self.weight if rows is None else self.weight[rows]
-        lead = values.shape[:2]
-        value, log_det = self.shaped(values), values.new_zeros(lead)
-        for transform in self.transforms:
-            image = transform(value)
-            det = transform.log_abs_det_jacobian(value, image)
-            gone = value.dim() - det.dim()
-            det = det[:, None] if self.axis is None else det.movedim(self.axis + gone, 1)
-            counts = weight[(..., *(0,) * gone)]
-            log_det = log_det + (det * counts).reshape(*lead, -1).sum(-1)
-            value = image
-        return value, log_det
+    def constrained(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps values, shape (draws, *the normal's own), to the support; returns the log Jacobian too."""
+        image = self.transform(values)
+        return image, torch.as_tensor(self.transform.log_abs_det_jacobian(values, image))
 
-    def unconstrained(self, values: Tensor) -> Tensor:
-        """Maps draws of the site, with dimensions of size one to the left of its own, to shape (draws, rows, rest)."""
-        for transform in reversed(self.transforms):
-            values = transform.inv(values)
+    def weighed(self, log_det: Tensor, rows: Tensor | None) -> Tensor:
+        """Sums a log Jacobian, shape (draws, *the normal's own less what is taken together), to (draws, rows)."""
+        weight = self.weight if rows is None else self.weight[rows]
+        gone = 1 + len(self.shape) - log_det.dim()
+        log_det = log_det[:, None] if self.axis is None else log_det.movedim(self.axis + gone, 1)
+        weight = weight.reshape(*weight.shape[: weight.dim() - gone], -1)[..., 0] if gone else weight
+        return (log_det * weight).reshape(*log_det.shape[:2], -1).sum(-1)
+
+    def unconstrained(self, site: Any) -> Tensor:
+        """Maps draws of the site, as a run of the model for several has them, to shape (draws, rows, rest)."""
+        values = bijection(site).inv(site["value"]).to(self.loc)
         values = values.reshape(len(values), *self.shape)
         return torch.stack([self._rows_first(value) for value in values])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-from pyro_amortize.supports import dressed, without_masks
+from pyro_amortize.supports import dressed, some_tensor, support_of, without_masks
 
 
 def under_masks(msg: Any, q: Any, marks: Tensor | None, idle: bool) -> Any:
@@ -87,3 +87,35 @@ class PriorWithoutData(dist.MaskedMixture):
 @register_kl(PriorWithoutData, torch.distributions.Distribution)  # type: ignore[untyped-decorator]
 def _kl_prior_without_data(q: PriorWithoutData, prior: Any) -> Tensor:
     return torch.where(q.mask, kl_divergence(q.component1, prior), 0.0)
+
+
+class PriorAlone(dist.TorchDistribution):
+    """A prior that has no ``rsample``, at a site that a guide leaves to the model, from which it does not diverge.
+
+    Its draws need no gradients, for the reason that those of :class:`PriorWithoutData` need none.
+    """
+
+    has_rsample = True
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, prior: Any) -> None:
+        self.base_dist = prior
+        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return support_of(self.base_dist)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PriorAlone:
+        return PriorAlone(self.base_dist.expand(batch_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.base_dist.sample(torch.Size(sample_shape))  # type: ignore[no-any-return]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value)  # type: ignore[no-any-return]
+
+
+@register_kl(PriorAlone, torch.distributions.Distribution)  # type: ignore[untyped-decorator]
+def _kl_prior_alone(q: PriorAlone, prior: Any) -> Tensor:
+    return some_tensor(q.base_dist).new_zeros(q.batch_shape)

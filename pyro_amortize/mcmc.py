@@ -25,8 +25,8 @@ from pyro_amortize.missing import refuse_nan
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
-from pyro_amortize.supports import generic_value, is_delta, site_mask, why_unreached, without_masks
-from pyro_amortize.unconstrained import LogDensity, is_free, is_reached
+from pyro_amortize.supports import generic_value, is_delta, is_free, site_mask, why_unreached, without_masks
+from pyro_amortize.unconstrained import LogDensity, is_reached
 
 R_HAT = 1.01
 ESS_A_CHAIN = 100

@@ -101,6 +101,8 @@ def _of_generated(
 ) -> tuple[dict[str, _Summary], list[str]]:
     """Returns the summaries of a generated guide's sites, and its discrete latents."""
     posterior = guide.posterior(*args, **kwargs)
+    with seeded(seed), torch.no_grad():
+        joint = posterior.sample((DRAWS,)) if guide.plan.moving else {}  # type: ignore[union-attr]
     found, others = {}, list(guide.plan.enumerated)  # type: ignore[union-attr]
     for name, fn in posterior.sites.items():
         if is_discrete(fn):
@@ -113,7 +115,7 @@ def _of_generated(
             found[name] = _Summary(values, {what: torch.zeros_like(values[what]) for what in LOCATIONS}, None)
         else:
             with seeded(seed), torch.no_grad():
-                found[name] = _of_draws(fn.sample((DRAWS,))[None])
+                found[name] = _of_draws((joint[name] if name in joint else fn.sample((DRAWS,)))[None])
     return found, others
 
 

@@ -25,8 +25,8 @@ from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
-from pyro_amortize.posterior import normal_underneath
-from pyro_amortize.reference import held_globals, local_sites, site_answers, write_rows
+from pyro_amortize.posterior import reach_alike
+from pyro_amortize.reference import answers_beside, held_globals, local_sites, site_answers, write_rows
 from pyro_amortize.steps import Options, guide_parameters
 from pyro_amortize.subsamples import Subsample, covering
 
@@ -308,8 +308,9 @@ def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
     for indices in parts:
         with Subsample(joint.plate, indices) if indices is not None else nullcontext():  # type: ignore[arg-type]
             own = site_answers(guide, joint.args, joint.kwargs)
+            theirs = answers_beside(joint.guide, own, joint.args, joint.kwargs)
         for site, loc, scale in joint.by_site(optimum.loc, optimum.scale):
-            if not _same(normal_underneath(own[site.name]["fn"])[1], site.transforms):  # type: ignore[index]
+            if not reach_alike(own[site.name]["fn"], theirs[site.name]["fn"]):
                 raise NotImplementedError(
                     f"fit_optimum: site '{site.name}' of the guide has another support than the model's; write it on "
                     f"the model's own: Normal on the reals, LogNormal on the positives."
@@ -319,20 +320,6 @@ def as_guide(joint: LocalJoint, optimum: Optimum) -> AutoAmortized:
             name, turn = plan.turn_of(site.name)
             write_rows(guide, own[site.name], plan.block_of(name), name, turn, loc, scale, indices)
     return guide
-
-
-def _same(ours: list[Any], theirs: list[Any]) -> bool:
-    """Tells whether transforms are the same; some of torch's are equal to themselves only."""
-    return len(ours) == len(theirs) and all(
-        one == other or (type(one) is type(other) and _settings(one) == {} == _settings(other))
-        for one, other in zip(ours, theirs, strict=True)
-    )
-
-
-def _settings(transform: Any) -> dict[str, Any]:
-    return {
-        name: value for name, value in vars(transform).items() if name not in ("_inv", "_cache_size", "_cached_x_y")
-    }
 
 
 def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, ratio: Tensor, start: float) -> SVIFit:

@@ -128,6 +128,7 @@ class AmortizationPlan:
         foreign: Latents that the model hides from the guide, for another to sample.
         families: Sites that are numbered by loops, ``z_0``, ``z_1``, ...; all else here names a family, ``z_*``.
         loops: The number of the first turn of each loop.
+        moving: Latents whose support depends on another latent, so that q of them goes with that.
         rows: For each plate the arguments that have an axis for it.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
         idle: Latents on which nothing depends where their prior is masked, so that q is masked there, too.
@@ -151,6 +152,7 @@ class AmortizationPlan:
     loops: dict[str, int] = field(default_factory=dict)
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     flat: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()
 
     def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
         """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""

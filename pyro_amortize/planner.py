@@ -185,6 +185,7 @@ class _Planner:
             {name: plate.first for name, plate in self.facts.plates.items() if plate.first is not None},
             {name: self._rows_of(name) for name in self.facts.plates},
             tuple(site.name for site in self.latents if site.flat),
+            tuple(site.name for site in self.latents if site.moving),
         )
 
     def _rows_of(self, plate: str) -> dict[str, int]:

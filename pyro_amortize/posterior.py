@@ -29,6 +29,9 @@ LIMIT = 2**21  # numbers that are held at once beside data and answers
 class Posterior:
     """q(latents | data): a distribution a site, all independent given the data.
 
+    But for this: a site whose support depends on another latent is drawn, and has its density, within the support that
+    the other's value leaves it; all else here is at the other's median.
+
     Values are in constrained space and have the shapes of the model's sites, plates included. Sites that the guide
     leaves to the model (imputed observations, forecasts) are not here; ``guide.predictive`` draws them. Discrete
     latents that the model marks for enumeration are summed out of q: they have draws, but no moments. Discrete latents
@@ -46,6 +49,7 @@ class Posterior:
             their number. None without such sites.
         joint: Draws so many times from all sites of the guide. None if these are independent.
         others: What there is to say of other names.
+        given: Returns the distributions of all sites given values of some. None if these are independent.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Posterior:
         discrete: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
         joint: Callable[[int], dict[str, Tensor]] | None = None,
         others: Others | None = None,
+        given: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] | None = None,
     ) -> None:
         self.sites = dict(sites)
         self.plates = dict(plates)
@@ -62,6 +67,7 @@ class Posterior:
         self.joint = joint
         self.others = others or Others()
         self._deterministic: dict[str, Derived] | None = None
+        self.given = given
 
     @property
     def _continuous(self) -> dict[str, Any]:
@@ -182,6 +188,9 @@ class Posterior:
     def log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns log q in nats of values in constrained space.
 
+        Where the support of a site depends on another latent, that is at its value here, or at its median if it has
+        none here; with sample dimensions, value by value.
+
         Args:
             values: Site -> tensor of the site's shape, or with sample dimensions to its left.
 
@@ -201,7 +210,18 @@ class Posterior:
         if unknown:
             reason = self.others.reason(unknown[0]) or "is no site of the guide"
             raise ValueError(f"Posterior.log_prob: '{unknown[0]}' {reason}. Known: {list(self.sites)}.")
-        return {name: self.sites[name].log_prob(value) for name, value in values.items()}
+        if self.given is None:
+            return {name: self.sites[name].log_prob(value) for name, value in values.items()}
+        shapes = {name: self.sites[name].shape() for name in values}
+        lead = torch.broadcast_shapes(*(v.shape[: v.dim() - len(shapes[n])] for n, v in values.items()))
+        rows = {n: v.expand(lead + shapes[n]).reshape(-1, *shapes[n]) for n, v in values.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in values}
+        for place in range(lead.numel()):
+            row = {name: value[place] for name, value in rows.items()}
+            sites = self.given(row)
+            for name, value in row.items():
+                found[name].append(sites[name].log_prob(value))
+        return {name: torch.stack(parts).reshape(lead + parts[0].shape) for name, parts in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "others": Others(self.others.series)}  # without the model and its data
@@ -278,6 +298,16 @@ def _probs(fn: Any) -> Tensor:
         return fn.each(_probs, example.dim() - len(fn.batch_shape))
     probs: Tensor = undressed(fn).probs
     return probs
+
+
+def reach_alike(fn: Any, other: Any) -> bool:
+    """Tells whether normals underneath two distributions are taken to the same support in the same way."""
+    found = [normal_underneath(each) for each in (fn, other)]
+    if found[0] is None or found[1] is None:
+        return False
+    loc = found[0][0].loc
+    one, two = (_mapped(torch.stack([loc, loc + 1]), pair[1]) for pair in found if pair is not None)
+    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:

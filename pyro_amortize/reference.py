@@ -23,7 +23,7 @@ from pyro_amortize.fit import SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import AmortizationPlan
-from pyro_amortize.posterior import normal_underneath
+from pyro_amortize.posterior import normal_underneath, reach_alike
 from pyro_amortize.steps import Optimizer, Options
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.subsamples import Subsample, covering
@@ -135,7 +135,7 @@ def mean_field_guide(
         guide.initialize(*args, **kwargs)
         own = {name: site for name, site in site_answers(guide, args, kwargs).items() if normal_underneath(site["fn"])}
         start = _InPlace(own)(start)
-        answer = site_answers(start, args, kwargs)
+        answer = answers_beside(start, own, args, kwargs)
         for name, site in own.items():
             _check_start(name, site, answer.get(name))
         plan: AmortizationPlan = guide.plan  # type: ignore[assignment]
@@ -149,8 +149,7 @@ def _check_start(name: str, own: Any, site: Any) -> None:
             f"fit_mean_field: start does not sample '{name}', a latent of the model, so the fit cannot start from it. "
             f"Add pyro.sample('{name}', ...) to that guide, or leave start= out."
         )
-    found = normal_underneath(site["fn"])
-    if found is None or found[1] != normal_underneath(own["fn"])[1]:  # type: ignore[index]
+    if not reach_alike(own["fn"], site["fn"]):
         raise NotImplementedError(
             f"fit_mean_field: site '{name}' of start is a {type(site['fn']).__name__}; tables can start from normals "
             f"on the site's own support only: Normal on the reals, LogNormal on the positives, of generated guides and "
@@ -330,6 +329,14 @@ def write_rows(
     moments = [m.movedim(axes, first).reshape(len(rows), -1).to(values) for m in (loc, scale)]
     with torch.no_grad():
         values[rows] = guide.family.parameters(*moments)
+
+
+def answers_beside(
+    guide: Model, own: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the sites of one run of a guide at the values of another's, so that supports are where those were."""
+    values = {name: site["value"] for name, site in own.items() if not site_is_subsample(site)}
+    return site_answers(poutine.condition(guide, data=values), args, kwargs)
 
 
 def site_answers(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

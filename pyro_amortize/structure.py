@@ -101,6 +101,7 @@ class Site:
         logits: Shape of the logits behind one entry of its value (discrete latents): (categories,) of a
             ``Categorical``, () of others; None if it has no logits.
         distribution: The name of its distribution, if it has logits.
+        moving: Whether its support depends on another latent.
         unreached: Why no normal can be taken to where it lives (continuous latents); "" if one can.
         flat: Whether no value of this latent that was tried moved any data's density, though it may inform them.
     """
@@ -123,6 +124,7 @@ class Site:
     unmasked: bool | None = None
     logits: tuple[int, ...] | None = None
     distribution: str | None = None
+    moving: bool = False
     unreached: str = ""
     own: tuple[str, ...] = ()
     flat: bool = False

@@ -13,6 +13,7 @@ import pyro.distributions.constraints as constraints
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
@@ -53,7 +54,7 @@ def bijection(site: Any, fn: Any = None) -> Transform:
 
 def _of_all_components(site: Any, fn: Any) -> Transform:
     transform = bijection(site, fn.component_distribution)
-    if not is_fixed(transform):
+    if any(bound.numel() > 1 for bound in tensors_of(transform)):
         raise ValueError(
             f"site '{site['name']}' is a mixture whose components have bounds of their own, and no bijection from R^n "
             f"reaches them all. Give them one support, or make the mixture by an enumerated Categorical."
@@ -175,17 +176,16 @@ def _is_angle(site: Any) -> bool:
     return 0 < half < math.inf and max(one, two) < 1e-4 * half
 
 
-def is_fixed(transform: Any) -> bool:
-    """Tells whether a transform is the same for all elements."""
+def tensors_of(transform: Transform) -> list[Tensor]:
+    """Returns the tensors that a transform goes by, such as bounds; none if it is the same whatever these are."""
+    found: list[Tensor] = []
     for name, value in vars(transform).items():
-        if name == "_inv":  # points back
-            continue
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, Tensor) and part.numel() > 1:
-                return False
-            if isinstance(part, Transform) and not is_fixed(part):
-                return False
-    return True
+        for part in value if isinstance(value, (list, tuple)) and name != "_cached_x_y" else [value]:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, Transform) and name != "_inv":  # which points back
+                found += tensors_of(part)
+    return found
 
 
 def unconstrained_shape(site: dict[str, Any]) -> torch.Size:
@@ -360,6 +360,12 @@ def is_delta(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
+
+
+def is_free(site: Any) -> bool:
+    """Tells whether a site is a continuous latent, which has a value in unconstrained space."""
+    free = not (site["is_observed"] or site_is_subsample(site))
+    return free and not (is_delta(site["fn"]) or support_of(site["fn"]).is_discrete)
 
 
 def can_be_drawn(fn: Any) -> bool:

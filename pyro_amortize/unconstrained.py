@@ -12,16 +12,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import enumerating, side_by_side, summed_out
-from pyro_amortize.supports import bijection, is_delta, some_tensor, support_of
+from pyro_amortize.supports import bijection, is_delta, is_free, some_tensor
 
 TRIES = 100
 """How many random starts are tried before a model counts as one without."""
@@ -36,7 +35,8 @@ class Unconstrained(Messenger):
     Attributes:
         transforms: Site -> the bijection that took it to its support in the last run.
         reached: Site -> where that was.
-        log_det: Site -> log |d value / d unconstrained value|, of the site's batch shape.
+        log_det: Site -> log |d value / d unconstrained value|, of the unconstrained value's shape less the dimensions
+            that the bijection takes together.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -53,8 +53,7 @@ class Unconstrained(Messenger):
         transform, raw = bijection(msg), self.values[name]
         raw = raw.expand(torch.broadcast_shapes(raw.shape, transform.inverse_shape(msg["fn"].shape())))
         value = transform(raw)
-        log_det = transform.log_abs_det_jacobian(raw, value)
-        self.log_det[name] = sum_rightmost(log_det, msg["fn"].event_dim - transform.codomain.event_dim)
+        self.log_det[name] = transform.log_abs_det_jacobian(raw, value)
         self.transforms[name], self.reached[name] = transform, value
         msg["value"], msg["is_observed"] = value, True
 
@@ -93,12 +92,6 @@ def is_reached(site: Any, value: Tensor) -> bool:
     """Tells whether the bijection of a site reaches a value: whether that lies in its support, but for rounding."""
     back = bijection(site).inv(value)
     return torch.allclose(bijection(site)(back), value, rtol=1e-2, atol=1e-4)  # of another: one knows where it was
-
-
-def is_free(site: Any) -> bool:
-    """Tells whether a site is a continuous latent, which has a value in unconstrained space."""
-    free = not (site["is_observed"] or site_is_subsample(site))
-    return free and not (is_delta(site["fn"]) or support_of(site["fn"]).is_discrete)
 
 
 class LogDensity:

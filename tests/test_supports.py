@@ -1,12 +1,27 @@
 """Bijections, and q taken to the support of a prior."""
 
+import math
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch.distributions import kl_divergence
 from torch.distributions.transforms import ExpTransform
 
-from pyro_amortize.supports import bijection, dressed, generic_value, init_to_center, is_delta, unconstrained_shape
+from pyro_amortize import AutoAmortizedNormal, CompiledTrace_ELBO, Table
+from pyro_amortize.masks import PriorAlone
+from pyro_amortize.supports import (
+    bijection,
+    dressed,
+    generic_value,
+    init_to_center,
+    is_delta,
+    unconstrained_shape,
+)
 
 PRIORS = {
     "real": (dist.Normal(torch.zeros(3), 1.0), (3,)),
@@ -112,3 +127,47 @@ def test_is_delta():
     assert is_delta(delta)
     assert is_delta(delta.to_event(1).mask(False))
     assert not is_delta(dist.Normal(0.0, 1.0))
+
+
+class TestPriorAlone:
+    PRIOR = dist.VonMises(torch.zeros(3), 2.0)
+
+    def test_it_is_the_prior_and_says_that_it_has_gradients(self):
+        q = PriorAlone(self.PRIOR)
+        value = q.rsample((5,))
+        assert q.has_rsample
+        torch.testing.assert_close(q.log_prob(value), self.PRIOR.log_prob(value))
+        assert q.expand([2, 3]).rsample().shape == (2, 3)
+        assert torch.equal(kl_divergence(q, self.PRIOR), torch.zeros(3))
+
+
+def left_to_the_model(y, angle=True):
+    pyro.sample("k", dist.LKJCholesky(3, 1.0))
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("c", dist.Poisson(z.exp()))
+        if angle:
+            pyro.sample("a", dist.VonMises(z, 2.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, RenyiELBO, CompiledTrace_ELBO],
+    ids=lambda loss: loss.__name__,
+)
+def test_priors_without_gradients_are_left_to_the_model(loss):
+    args = torch.tensor([1.0, -2.0]), loss is not CompiledTrace_ELBO  # angles are drawn by rejection, in no graph
+    y = args[0]
+    guide = AutoAmortizedNormal(left_to_the_model, encoder=Table())
+    guide.initialize(*args)
+    assert set(guide.plan.left_to_model) >= {"k", "c"}
+    with torch.no_grad():  # the exact posterior, of which each draw gives the evidence
+        exact = guide.family.parameters(y[:, None] / 2, torch.full((2, 1), math.sqrt(0.5)))
+        guide.coder_of(guide.plan.blocks[0]).values[0].copy_(exact)
+    evidence = float(dist.Normal(0.0, math.sqrt(2.0)).log_prob(y).sum())
+    svi = SVI(left_to_the_model, guide, Adam({"lr": 0.0}), loss())
+    if loss is TraceMeanField_ELBO:  # a divergence in closed form, and a draw of the rest, of variance near one
+        assert sum(svi.step(*args) for _ in range(60)) / 60 == pytest.approx(-evidence, abs=0.6)
+    else:
+        assert svi.step(*args) == pytest.approx(-evidence, abs=1e-4)

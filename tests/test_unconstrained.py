@@ -11,7 +11,20 @@ from pyro.distributions.transforms import AffineTransform, OrderedTransform
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_amortize import AutoAmortizedNormal, MCMCFit, fit_svi, mcmc, nuts, run_mcmc
+from pyro_amortize import (
+    AutoAmortizedNormal,
+    MCMCFit,
+    amortization_gap,
+    fit_mean_field,
+    fit_svi,
+    mcmc,
+    nuts,
+    plan_amortization,
+    run_mcmc,
+)
+from pyro_amortize.local_joint import LocalJoint
+from pyro_amortize.moments import against_mcmc
+from pyro_amortize.parameters import preserved
 from pyro_amortize.unconstrained import LogDensity, Unconstrained
 
 OPTIONS = {"num_samples": 200, "warmup_steps": 150, "num_chains": 2, "seed": 0, "progress": False}
@@ -254,3 +267,116 @@ def test_values_are_held_where_the_model_has_their_support():
     assert trace.nodes["p"]["value"].item() == pytest.approx(2.0)
     assert held.log_det["p"].item() == pytest.approx(0.0)
     assert trace.nodes["p"]["is_observed"]
+
+
+def local(y):
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", dist.Gamma(3.0, 1.0))
+        u = pyro.sample("u", dist.Uniform(0.0, z))
+        pyro.sample("y", dist.Normal(u, 0.5), obs=y)
+
+
+def of_a_global(y):
+    s = pyro.sample("s", dist.Gamma(3.0, 1.0))
+    with pyro.plate("n", len(y)):
+        u = pyro.sample("u", dist.Uniform(0.0, s))
+        pyro.sample("y", dist.Normal(u, 0.5), obs=y)
+
+
+class TestGuides:
+    Y = torch.tensor([0.3, 1.0, 2.5])
+
+    @pytest.fixture
+    def guide(self):
+        guide = AutoAmortizedNormal(local, init_scale=0.5)
+        guide.initialize(self.Y)
+        return guide
+
+    @pytest.mark.parametrize("model", [local, of_a_global, ordered])
+    def test_draws_lie_inside(self, model):
+        guide = AutoAmortizedNormal(model, init_scale=0.8)
+        guide.initialize(self.Y)
+        moving = "s" if model is ordered else "u"
+        assert guide.plan.moving == (moving,)
+        for draws in (guide.posterior(self.Y).sample((60,)), guide.predictive(self.Y, num_samples=60)):
+            above = {"local": "z", "of_a_global": "s", "ordered": "z"}[model.__name__]
+            high = draws[above][..., 1] if model is ordered else draws[above]
+            high = high[..., None] if model is of_a_global else high
+            assert (draws[moving] <= high).all()
+
+    def test_the_plan_of_fixed_supports_says_so(self):
+        def model(y, high):
+            with pyro.plate("n", len(y)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                u = pyro.sample("u", dist.Uniform(-1.0, high))
+                pyro.sample("y", dist.Normal(z + u, 1.0), obs=y)
+
+        guide = AutoAmortizedNormal(model)
+        guide.initialize(self.Y, torch.tensor([1.0, 2.0, 3.0]))
+        assert guide.plan.moving == ()
+
+    def test_answers_are_at_the_medians_above(self, guide):
+        posterior = guide.posterior(self.Y)
+        median = posterior.median
+        assert (posterior.quantiles([0.999])["u"][0] < median["z"]).all()
+        assert (median["u"] < median["z"]).all()
+
+    def test_density_is_that_of_draws(self, guide):
+        draws = guide.posterior(self.Y).sample((4,))
+        found = guide.posterior(self.Y).log_prob(draws)
+        for k in range(4):
+            held = poutine.condition(guide, data={name: value[k] for name, value in draws.items()})
+            trace = poutine.trace(held).get_trace(self.Y)
+            trace.compute_log_prob()
+            for name in ("z", "u"):
+                torch.testing.assert_close(found[name][k], trace.nodes[name]["log_prob"])
+
+    def test_saved_and_loaded(self, guide, tmp_path):
+        guide.save(tmp_path / "guide.pt")
+        again = AutoAmortizedNormal.load(tmp_path / "guide.pt", local)
+        assert again.plan.moving == ("u",)
+        draws = again.posterior(self.Y).sample((20,))
+        assert (draws["u"] < draws["z"]).all()
+
+    def test_evidence_and_optimum_are_those_of_quadrature(self, guide):
+        report = amortization_gap(local, guide, self.Y, num_steps=100, num_particles=16, progress=False)
+        # The prior of u is the integral of Gamma(z; 3, 1) / z over z > u: (1 + u) exp(-u) / 2.
+        u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 1000
+        joint = ((1 + u) / 2).log() - u + dist.Normal(u, 0.5).log_prob(self.Y.double()[:, None])
+        expected = float((joint.logsumexp(1) - math.log(1000)).sum())
+        total, se = report.totals.loc["log_evidence"][["total", "total_se"]]
+        assert abs(total - expected) < 4 * se + 0.02
+        assert report.totals["total"]["elbo_optimum"] < expected
+        assert report.totals["total"]["amortization_gap"] > 0
+        draws = poutine.trace(report.optimum.guide).get_trace(self.Y)
+        assert (draws.nodes["u"]["value"] < draws.nodes["z"]["value"]).all()
+
+    def test_the_density_per_datum_is_the_models(self, guide):
+        with preserved(local, guide, evaluating=True), poutine.block(), torch.no_grad():
+            plan = plan_amortization(local, self.Y)
+            joint = LocalJoint(local, guide, (self.Y,), {}, plan, "n")
+            raw = torch.randn(5, 3, 2)
+            found = joint.log_p(raw)
+            some = joint.log_p(raw[:, [2, 0]], torch.tensor([2, 0]))
+        z = raw[..., 0].exp()
+        u = z * raw[..., 1].sigmoid()
+        expected = dist.Gamma(3.0, 1.0).log_prob(z) + raw[..., 0] - z.log() + dist.Normal(u, 0.5).log_prob(self.Y)
+        expected = expected + z.log() + raw[..., 1].sigmoid().log() + (-raw[..., 1]).sigmoid().log()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(some, expected[:, [2, 0]], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["generated", "autonormal"])
+    def test_tables_start_from_another_guide(self, guide, kind):
+        start = guide if kind == "generated" else AutoNormal(local)
+        start(self.Y)
+        fit = fit_mean_field(local, self.Y, start=start, num_steps=1, lr=1e-9, seed=0, progress=False)
+        expected = start.median(self.Y)
+        torch.testing.assert_close(fit.guide.median(self.Y), expected, rtol=1e-3, atol=1e-3)
+
+    def test_moments_are_of_joint_draws(self, guide):
+        chains = {name: torch.rand(4, 50, 3) for name in ("z", "u")}
+        frame, _ = against_mcmc({"a": guide}, chains, (self.Y,), {}, num_draws=10, seed=0, progress=False)
+        pyro.set_rng_seed(1)
+        drawn = guide.posterior(self.Y).sample((500,))["u"].std(0)
+        truth = chains["u"].flatten(0, 1).std(0)
+        assert frame.loc[("a", "u"), "sd_ratio"] == pytest.approx(float((drawn / truth).mean()), rel=0.1)
