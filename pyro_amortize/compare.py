@@ -371,7 +371,7 @@ def _doubts(fits: Mapping[str, Any]) -> list[str]:
     found = []
     for label, fit in fits.items():
         if isinstance(fit, SVIFit) and not fit.converged:
-            found.append(f"{label} was still improving at its last step: raise svi={{'num_steps': ...}}")
+            found.append(f"{label}: {fit.state}, svi={{'num_steps': {2 * fit.num_steps}}}")
         if isinstance(fit, MCMCFit):
             if not fit.converged:
                 found.append(

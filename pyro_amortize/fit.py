@@ -12,14 +12,16 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim.optim import PyroOptim
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.calls import Model
+from pyro_amortize.convergence import Drift, by_losses
 from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
+from pyro_amortize.digits import with_error
 from pyro_amortize.excerpt import LARGE, random_rows
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.minibatch import SUBSAMPLES_ITSELF, Minibatches, exact_minibatches
@@ -28,6 +30,8 @@ from pyro_amortize.steps import Optimizer, Options, Steps, decay, guide_paramete
 
 NUM_DRAWS = 200
 NUM_PARTS = 50
+NUM_LOOKS = 50
+ELBOS = Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,16 @@ class SVIFit:
         elbo: ELBO in nats on all data after training, from many draws. Where steps took minibatches of more than 10,000
             rows, each draw is on other rows, 5,000 or more than a minibatch, rescaled to all.
         elbo_se: Its standard error, which then includes that of the choice of rows.
-        converged: Whether the loss had stopped falling: its slope over the second half of the steps, against the sum
-            of learning rates, promises no fall by another such fit that is beyond three standard errors.
+        converged: Whether ``remaining`` is within three standard errors of it, within that of the ELBO, or at most 0.1
+            nats.
         num_steps: Number of steps.
         seconds: Wall-clock time of everything.
         compile_seconds: Wall-clock time of it that recording, compiling and checking graphs took.
         fallback: Why steps ran under Pyro where a graph was tried; None if none was, or it ran.
+        remaining: Nats by which as many steps again promise to raise the ELBO, as its rise since the middle of this fit
+            shows, see :class:`~pyro_amortize.convergence.Drift`; of another loss than an ELBO, by how much that falls.
+            NaN after fewer than 100 steps.
+        remaining_se: Its standard error.
         num_parameters: Size of the guide; the model's own parameters do not count.
         model: What the guide was fitted to; not a copy.
         args: Its positional arguments.
@@ -62,16 +70,30 @@ class SVIFit:
     num_parameters: int
     compile_seconds: float = 0.0
     fallback: str | None = None
+    remaining: float = math.nan
+    remaining_se: float = math.nan
     model: Any = field(default=None, repr=False, compare=False)
     args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         compiling = f" ({self.compile_seconds:.1f} s of it compiling)" if self.compile_seconds else ""
-        state = "converged" if self.converged else "NOT converged: the loss was still falling; raise num_steps"
+        eager = "" if self.fallback is None else f". Steps ran under Pyro and not on a graph: {self.fallback}"
         return (
-            f"SVIFit: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f} nats after {self.num_steps} steps, "
-            f"{self.seconds:.1f} s{compiling}, {self.num_parameters} parameters, {state}"
+            f"SVIFit: ELBO {with_error(self.elbo, self.elbo_se)} nats after {self.num_steps} steps, "
+            f"{self.seconds:.1f} s{compiling}, {self.num_parameters} parameters, {self.state}{eager}"
+        )
+
+    @property
+    def state(self) -> str:
+        """Whether it converged, in words, with what is left in nats."""
+        if math.isnan(self.remaining):
+            return "converged" if self.converged else "too few steps to tell whether it converged"
+        left = (
+            f"about {float(f'{self.remaining:.2g}'):g} nats left"  # an extrapolation, whatever the noise of the draws
+        )
+        return (
+            f"converged ({left})" if self.converged else f"NOT converged: {left}, raise num_steps={2 * self.num_steps}"
         )
 
 
@@ -175,27 +197,35 @@ def train(
         batches = _Batches(model, guide, args, kwargs, options)
         loss = options.loss or _default_loss(guide, options, bool(batches.enumerated), batches.nesting)
         steps = Steps(model, guide, loss, options, held, train_model)
-        losses = []
+        rates = [decay(step, options.num_steps) for step in range(options.num_steps)]
+        losses, drift = [], Drift(rates)
         bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
         for step in bar:
             with batches.next() as batch:
                 losses.append(steps.take(step, *batch))
+            drift.see(step, steps.parameters.values())
             if step % max(1, options.num_steps // 100) == 0:
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
         ratio = batches.log_ratio(options.seed or 0)
+        if isinstance(loss, ELBOS):
+            left = drift.remaining(steps.parameters.values(), lambda: batches.log_ratio(options.seed or 0, NUM_LOOKS))
+        else:
+            left = by_losses(torch.tensor(losses, dtype=torch.float64), rates)
         num_parameters = sum(p.numel() for p in batches.guide_parameters().values())
-    trace = torch.tensor(losses)
+    elbo_se = float(ratio.std() / math.sqrt(len(ratio)))
     return SVIFit(
         guide=guide,
-        losses=trace,
+        losses=torch.tensor(losses),
         elbo=float(ratio.mean()),
-        elbo_se=float(ratio.std() / math.sqrt(len(ratio))),
-        converged=_has_converged(trace.double()),
+        elbo_se=elbo_se,
+        converged=left.is_negligible(elbo_se),
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
         num_parameters=num_parameters,
         compile_seconds=steps.compile_seconds,
         fallback=steps.fallback,
+        remaining=left.gain,
+        remaining_se=left.se,
         model=model,
         args=args,
         kwargs=kwargs,
@@ -269,11 +299,11 @@ class _Batches:
         with self._on(rows) as batch:
             yield batch
 
-    def log_ratio(self, seed: int) -> Tensor:
+    def log_ratio(self, seed: int, num_draws: int = NUM_DRAWS) -> Tensor:
         """Returns log p - log q of many draws: on all rows, or each on other ones, rescaled to all."""
         if self.way is None or self.length <= LARGE:
             whole = self.model, self.guide, self.args, self.kwargs
-            return log_densities(*whole, num_draws=NUM_DRAWS, seed=seed).log_ratio
+            return log_densities(*whole, num_draws=num_draws, seed=seed).log_ratio
         with seeded(seed):
             return log_ratios(self._few() for _ in range(NUM_PARTS))
 
@@ -329,16 +359,3 @@ def _minibatches(
             )
         return None
     return batches if options.batch_size < batches.plate.size else None
-
-
-def _has_converged(losses: Tensor) -> bool:
-    num_steps = len(losses)
-    if num_steps < 100:  # too few to tell a slope from noise
-        return False
-    travelled = torch.tensor([decay(step, num_steps) for step in range(num_steps)], dtype=losses.dtype).cumsum(0)
-    half = slice(num_steps // 2, None)
-    x, y = travelled[half] - travelled[half].mean(), losses[half] - losses[half].mean()
-    slope = (x * y).sum() / x.square().sum()
-    se = ((y - slope * x).square().mean() / x.square().sum()).sqrt()
-    promised, error = -float(slope * travelled[-1]), float(se * travelled[-1])
-    return promised <= max(3 * error, 1e-5 * abs(float(losses[-1])))

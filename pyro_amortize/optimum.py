@@ -331,6 +331,7 @@ def record(joint: LocalJoint, guide: AutoAmortized, optimum: Optimum, ratio: Ten
         elbo=float(ratio.mean()),
         elbo_se=float(ratio.std() / math.sqrt(len(ratio))),
         converged=bool(optimum.shortfall.mean() < TOLERANCE),
+        remaining=float(optimum.shortfall.sum()),
         num_steps=len(optimum.losses),
         seconds=time.perf_counter() - start,
         num_parameters=sum(p.numel() for p in guide_parameters(guide, args, kwargs).values()),

@@ -13,6 +13,7 @@ ORDER = [
     {"calls"},
     {
         "annealing",
+        "convergence",
         "arviz_bridge",
         "digits",
         "plots",

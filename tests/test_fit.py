@@ -295,6 +295,10 @@ class TestRecord:
         fit = fit_svi(sliced, AutoAmortizedNormal(sliced), far, num_steps=200, seed=0, progress=False)
         assert not fit.converged
         assert "NOT converged" in str(fit)
+        assert f"about {fit.remaining:.2g} nats left".split(".")[0][:8] in str(fit)
+        few = fit_svi(sliced, AutoAmortizedNormal(sliced), far, num_steps=20, seed=0, progress=False)
+        assert not few.converged
+        assert "too few steps to tell" in str(few)
 
 
 class TestOptions:
