@@ -16,6 +16,7 @@ from pyro_amortize.loops import find_loops
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Family, Plate
 from pyro_amortize.supports import is_delta, undressed
+from pyro_amortize.views import AS_THEY_ARE, View
 
 Edge = tuple[str, str, str]
 """That a latent, or an argument, enters the density of a site: which of the two, its name, the site's."""
@@ -23,7 +24,13 @@ MOST = 40
 """At how many places a model is run before its densities are said to be finite nowhere."""
 
 
-def look(model: Model, call: Call, hides: Callable[[Any], bool], loose: frozenset[str] = frozenset()) -> Probes:
+def look(
+    model: Model,
+    call: Call,
+    hides: Callable[[Any], bool],
+    loose: frozenset[str] = frozenset(),
+    view: View = AS_THEY_ARE,
+) -> Probes:
     """Looks at a model where its latents' priors live, and at other places if there is more to be seen.
 
     What there is to be seen is told by the graph of gradients, which does not know how far a density moves: latents
@@ -34,11 +41,12 @@ def look(model: Model, call: Call, hides: Callable[[Any], bool], loose: frozense
         call: Its arguments.
         hides: Tells of a site whether the model hides it from its guide.
         loose: Names of loops that are not to be seen as such.
+        view: How its sites are seen.
 
     Raises:
         ValueError: The density of an observation, or of a latent, is finite at no place.
     """
-    return _Search(model, call, loose).probes(hides)
+    return _Search(model, call, loose, view).probes(hides)
 
 
 class _Search:
@@ -50,8 +58,8 @@ class _Search:
         wanted: What there is to be seen. An edge from nowhere says that all of a site's density is finite.
     """
 
-    def __init__(self, model: Model, call: Call, loose: frozenset[str]) -> None:
-        self.model, self.call, self.loose = model, call, loose
+    def __init__(self, model: Model, call: Call, loose: frozenset[str], view: View) -> None:
+        self.model, self.call, self.loose, self.view = model, call, loose, view
         self.unmerged: dict[str, Any] = {}
         self.families: tuple[Family, ...] = ()
         self.loops: dict[str, Plate] = {}
@@ -61,7 +69,7 @@ class _Search:
 
     def probes(self, hides: Callable[[Any], bool]) -> Probes:
         """Returns the model at the fewest places that show as much as all that were tried."""
-        for number, held in enumerate(places(self.model, self.call, count=MOST)):
+        for number, held in enumerate(places(self.model, self.call, count=MOST, view=self.view)):
             base = self._base(held)
             if number < len(PLACES) or self._missing() & _wholly_finite(base):
                 self._try(base)

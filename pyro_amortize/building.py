@@ -37,7 +37,7 @@ from pyro_amortize.loops import merged
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.reading import Reading, features_of
-from pyro_amortize.structure import Structure
+from pyro_amortize.structure import Plate, Structure, plates_of
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits, support_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -221,7 +221,7 @@ class Builder:
             coder: Any = coders[block.key]
             for i, name in enumerate(block.sites):
                 target = coder.values[i] if isinstance(coder, Rows) else coder.heads[i].bias
-                start = self._start_of(nodes[name], block, target.dtype)
+                start = self._start_of(nodes[name], block, plates_of([nodes[name]], plan.same), target.dtype)
                 if isinstance(coder, Rows):
                     target.data.copy_(start if len(start) == len(target) else start.mean(0, keepdim=True))
                 else:
@@ -229,12 +229,11 @@ class Builder:
                     target.data.copy_(start.mean(0))
         return described(plan, nodes), trace
 
-    def _start_of(self, site: Any, block: Block, dtype: torch.dtype) -> Tensor:
+    def _start_of(self, site: Any, block: Block, around: dict[str, Plate], dtype: torch.dtype) -> Tensor:
         """Returns the parameters with which q of a site starts, shape (elements, width); if discrete, the prior's."""
         value = prior_logits(site["fn"]) if block.is_discrete else bijection(site).inv(site["value"])
         batch = len(site["fn"].batch_shape)
-        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-        axes = [batch + frames[plate].dim for plate in block.plates]
+        axes = [batch + around[plate].dim for plate in block.plates]
         value = value.detach().to(dtype).movedim(axes, list(range(len(axes)))).nan_to_num(0.0, 0.0, 0.0)
         rows = value.reshape(math.prod(value.shape[: len(axes)]), -1)
         if block.is_discrete:

@@ -24,6 +24,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.probes import Probes
 from pyro_amortize.sources import SourceProbes
 from pyro_amortize.structure import Link, Structure, plates_of
+from pyro_amortize.views import View, events_of_rows
 
 
 def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
@@ -66,10 +67,14 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
 def _examined(model: Model, call: Call) -> Structure:
     model, hides = opened(model)
     with preserved(model, evaluating=True):
-        probes = look(model, call, hides)
-        facts = _structure(probes)
+        view, joined = None, View(events=events_of_rows(next(places(model, call)).sites))
+        while view != joined:
+            view = joined
+            probes = look(model, call, hides, view=view)
+            facts = _structure(probes)
+            joined = view.joining(probes.same)
         loose = frozenset(name for name in probes.loops if _is_loose(name, facts, probes))
-        return _structure(look(model, call, hides, loose)) if loose else facts
+        return _structure(look(model, call, hides, loose, view)) if loose else facts
 
 
 def _examined_in_part(model: Model, long: Long) -> Structure | None:
@@ -87,6 +92,7 @@ def _examined_in_part(model: Model, long: Long) -> Structure | None:
         return None
     if any(set(site.own) & set(sizes) for site in facts.sites.values()):  # an element that grows with the rows
         return None
+    sizes = {name: size for name, size in sizes.items() if name in facts.plates}
     part = Part(long, rows, {name: facts.plates[name] for name in sizes})
     whole = {}
     for name, (size, full) in sizes.items():
@@ -153,6 +159,7 @@ def _structure(probes: Probes) -> Structure:
     families = probes.families
     facts = Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
     facts = replace(facts, parameters=tuple(probes.held.call.parameters), carried=data.carried())
+    facts = replace(facts, same=probes.held.view.same, events=probes.held.view.events)
     return _with_unseen(_with_elements(facts, latents), probes.unseen)
 
 

@@ -365,7 +365,7 @@ class GuidedRun(Messenger):
         """Returns the parameters of each site of a block, shape (..., elements, width); None where data are missing."""
         if block.name in self._parameters:
             return self._parameters[block.name]
-        around = plates_of([msg])
+        around = plates_of([msg], self.plan.same)
         _, turn = self.plan.turn_of(msg["name"])
         plates = {name: around[name] for name in block.plates if name not in turn}
         if self._informed and block.plates and not block.amortized:
@@ -581,7 +581,7 @@ class GuidedRun(Messenger):
         prior, extra = msg["fn"], block.logits[which]
         whole = unconstrained_shape(msg) if extra is None else prior.shape()
         event_dim = len(whole) - len(prior.batch_shape)
-        around = plates_of([msg])
+        around = plates_of([msg], self.plan.same)
         plates = [around[name] for name in block.plates if name not in turn]
         axes = [plate.dim - event_dim for plate in plates]
         shape = block.shapes[which]

@@ -20,6 +20,7 @@ from pyro_amortize.loops import merged, split
 from pyro_amortize.missing import refuse_nan
 from pyro_amortize.structure import Family, Plate
 from pyro_amortize.supports import another_value, generic_value, is_delta, prior_value, support_of, undressed
+from pyro_amortize.views import AS_THEY_ARE, View
 
 Draw = Callable[[Any], Tensor]
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +47,7 @@ class HeldRun(Messenger):
         families: Sites to be merged, and the number of the first turn of each of their loops.
         draw: Makes the values at which latents are held, from their sites.
         indices: Subsample indices that other runs held.
+        view: How its sites are seen.
 
     Attributes:
         values: The values at which latents are held.
@@ -61,9 +63,10 @@ class HeldRun(Messenger):
         loops: Mapping[str, int] | None = None,
         draw: Draw = prior_value,
         indices: dict[str, Any] | None = None,
+        view: View = AS_THEY_ARE,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.view = model, view
         self.call = call
         self.families, self.loops = families, loops or {}
         self.draw = draw
@@ -106,6 +109,8 @@ class HeldRun(Messenger):
             with poutine.block(), under or nullcontext(), self:
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             trace = prune_subsample_sites(trace)
+            for name, node in self.view.of(trace.nodes).items():
+                trace.nodes[name] = node
             trace.compute_log_prob()
             self.nodes = dict(trace.nodes)
             self.sites = merged(trace.nodes, self.families, self.loops)
@@ -137,7 +142,7 @@ class HeldRun(Messenger):
                 self.values[name] = self.draw(msg)
                 self.fresh[name] = another_value(msg, self.values[name], self.draw)
                 events = len(msg["fn"].event_shape)
-                self.plate_dims[name] = {f.name: f.dim - events for f in msg["cond_indep_stack"] if f.vectorized}
+                self.plate_dims[name] = {f.name: f.dim - events for f in self.view.frames(msg) if f.vectorized}
             msg["value"] = self._own(self.unknowns, name, self._latents.get(name, self.values[name]))
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -153,6 +158,7 @@ def places(
     seed: int = 0,
     indices: dict[str, Any] | None = None,
     count: int = len(PLACES),
+    view: View = AS_THEY_ARE,
 ) -> Iterator[HeldRun]:
     """Runs a model at several values of its latents, at the prior's first, and yields the runs that it lives through.
 
@@ -165,7 +171,7 @@ def places(
     found = 0
     for i in range(count):
         draw = PLACES[i] if i < len(PLACES) else FARTHER[i % len(FARTHER)]
-        held = HeldRun(model, call, families, loops, draw, indices)
+        held = HeldRun(model, call, families, loops, draw, indices, view)
         try:
             with pyro.validation_enabled(False):
                 held.run(seed=seed + i)

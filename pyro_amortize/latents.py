@@ -182,7 +182,8 @@ class LatentProbes:
         """Replaces the chosen elements of some plates."""
         where = torch.ones((), dtype=torch.bool)
         for plate, rows in chosen.items():
-            where = where & rows.reshape((-1,) + (1,) * (-self.probes.plates[plate].dim - 1))
+            dim = self.probes.dim(name, self.probes.plates[plate])
+            where = where & rows.reshape((-1,) + (1,) * (-dim - 1))
         return _replaced(where.reshape(where.shape + (1,) * len(self.probes.factors[name]["fn"].event_shape)))
 
     def _find_links(self, name: str, plate: Plate, children: frozenset[str] | set[str]) -> bool:
@@ -211,9 +212,22 @@ class LatentProbes:
         for child in children:
             link = self._link(child, plate, found[child], depends[child])
             if link is None:
+                self._note_same(child, plate, found[child], depends[child])
                 return False
             self.probes.links.append(link)
         return True
+
+    def _note_same(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> None:
+        """Notes a plate of a site whose elements each depend on the same one of another plate."""
+        for mine in self.probes.frames(child):
+            held, theirs = (self.probes.held.indices.get(name) for name in (mine.name, plate.name))
+            random = {mine.name, plate.name} & self.probes.held.drawn if mine.size < mine.full_size else set()
+            if mine.size != plate.size or mine.full_size != plate.full_size or random or mine.first is not None:
+                continue
+            together = held is None or theirs is None or torch.equal(torch.as_tensor(held), torch.as_tensor(theirs))
+            numbers = spread_out(torch.arange(mine.size), (mine,))
+            if together and int(depends.sum()) > 1 and bool(((elements == numbers) | ~depends).all()):
+                self.probes.same[mine.name] = plate.name
 
     def _link(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> Link | None:
         """Finds the argument that holds each row's element, as it stands or counted from one."""

@@ -25,6 +25,7 @@ from pyro_amortize.excerpt import Part
 from pyro_amortize.held import HeldRun, finite_place
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, Source
+from pyro_amortize.views import rows_of
 
 SUBSAMPLES_ITSELF = "the model subsamples by itself"
 
@@ -41,12 +42,13 @@ class Rescaled(Messenger):
     def __init__(self, plate: Plate, rows: Tensor, inject: bool) -> None:
         super().__init__()
         self.plate, self.rows, self.inject = plate, rows, inject
+        self.names = {plate.name, *plate.also}
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            if self.inject and msg["name"] == self.plate.name:
+            if self.inject and msg["name"] in self.names:
                 msg["value"] = self.rows
-        elif not self.inject and any(frame.name == self.plate.name for frame in msg["cond_indep_stack"]):
+        elif not self.inject and self.names & {rows_of(msg["name"]), *(f.name for f in msg["cond_indep_stack"])}:
             msg["scale"] = msg["scale"] * (self.plate.full_size / len(self.rows))
 
 

@@ -130,6 +130,9 @@ def data_plate(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> t
         return None, [f"no numbers per datum: data are turns of loop '{plate}', not elements of a vectorized plate"]
     if link is not None:
         return None, [f"no numbers per datum: which rows belong to an element of '{link.to}' is said by an index"]
+    if plan.same:
+        other, mine = next(iter(plan.same.items()))
+        return None, [f"no numbers per datum: data of plate '{mine}' stand in '{other}', not in the plate itself"]
     if not plan.verdict.factorizes:
         return None, [f"no numbers per datum: {plan.verdict.reason}"]
     others = sorted({"/".join(block.plates) for block in amortized if plate not in block.plates})

@@ -130,6 +130,8 @@ class AmortizationPlan:
         loops: The number of the first turn of each loop.
         moving: Latents whose support depends on another latent, so that q of them goes with that.
         rows: For each plate the arguments that have an axis for it.
+        same: Plates whose elements are those of others, and which.
+        events: Observed events that have rows in a plate, and their axis, from the right.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
         idle: Latents on which nothing depends where their prior is masked, so that q is masked there, too.
         enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
@@ -153,6 +155,8 @@ class AmortizationPlan:
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     flat: tuple[str, ...] = ()
     moving: tuple[str, ...] = ()
+    same: dict[str, str] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
 
     def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
         """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""

@@ -18,7 +18,7 @@ from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.remedies import fitting_axes, instead_of_table
-from pyro_amortize.structure import Site, Source, Structure
+from pyro_amortize.structure import Labels, Site, Source, Structure
 from pyro_amortize.verdict import Judge, one_answer, related_to
 
 OWN_DATA = MLP()
@@ -186,6 +186,8 @@ class _Planner:
             {name: self._rows_of(name) for name in self.facts.plates},
             tuple(site.name for site in self.latents if site.flat),
             tuple(site.name for site in self.latents if site.moving),
+            dict(self.facts.same),
+            dict(self.facts.events),
         )
 
     def _rows_of(self, plate: str) -> dict[str, int]:
@@ -346,9 +348,9 @@ class _Planner:
             alone = len(self.facts.shapes[link.argument]) == len(link.rows)
             if target and pooled and alone and self._holds_table(link.to, target, related):
                 dims = tuple(self.facts.plates[plate].dim for plate in link.rows)
-                source = Source(link.argument, link.rows, link.axes, dims, (), frozenset(related), kind="category")
-                categories = self.facts.plates[link.to].full_size - link.offset
-                found.append(replace(source, categories=categories))
+                labels = Labels(-link.offset, self.facts.plates[link.to].full_size)
+                source = Source(link.argument, link.rows, link.axes, dims, (), frozenset(related), labels=(labels,))
+                found.append(source)
         return found
 
     def _is_by_table(self, site: Site) -> bool:

@@ -47,6 +47,7 @@ class Probes:
         noise: How far its log-factors move by themselves.
         plates: Its plates, by name.
         links: The links found so far.
+        same: Plates found to have the elements of another, and which.
     """
 
     hides: Callable[[Any], bool]
@@ -61,11 +62,13 @@ class Probes:
         self.held, self.factors, self.noise = first.held, first.factors, first.noise
         self.base = first.held.run() if all_finite(first.nodes) else first.nodes  # in the user's mode of validation
         self.links: list[Link] = []
+        self.same: dict[str, str] = {}
         self.plates: dict[str, Plate] = {}
         for name, plate in plates_of(s for s in self.base.values() if s["type"] == "sample").items():
             drawn = plate.size < plate.full_size and name in self.held.drawn
             loop = self.loops.get(name, plate)
-            self.plates[name] = replace(plate, at_random=drawn, first=loop.first, series=loop.series)
+            also = tuple(other for other, mine in self.held.view.same.items() if mine == name)
+            self.plates[name] = replace(plate, at_random=drawn, first=loop.first, series=loop.series, also=also)
 
     def changed(
         self,
@@ -117,14 +120,20 @@ class Probes:
         if link is not None:
             elements = self.elements(link).expand(distance.shape)
             return distance.new_zeros(plate.size).index_add(0, elements.flatten(), distance.flatten())
-        if distance.dim() < -plate.dim:
+        dim = self.dim(name, plate)
+        if distance.dim() < -dim:
             return distance.sum().expand(plate.size)
-        return distance.movedim(plate.dim, 0).reshape(distance.shape[plate.dim], -1).sum(-1).expand(plate.size)
+        return distance.movedim(dim, 0).reshape(distance.shape[dim], -1).sum(-1).expand(plate.size)
 
     def frames(self, name: str) -> list[Plate]:
-        """The plates of a site, outer to inner."""
+        """The plates of a site, outer to inner, at its own dims."""
         frames = (frame for frame in self.factors[name]["cond_indep_stack"] if frame.vectorized)
-        return sorted((self.plates[frame.name] for frame in frames), key=lambda plate: plate.order)
+        mine = (replace(self.plates[frame.name], dim=frame.dim) for frame in frames)
+        return sorted(mine, key=lambda plate: plate.order)
+
+    def dim(self, name: str, plate: Plate) -> int:
+        """The dim of a plate at a site."""
+        return next((mine.dim for mine in self.frames(name) if mine == plate), plate.dim)
 
     def members(self, plate: Plate) -> list[str]:
         return [name for name in self.factors if plate in self.frames(name)]

@@ -20,6 +20,7 @@ from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block
 from pyro_amortize.pooling import Marks, Move, handed_on
 from pyro_amortize.structure import Link, Plate, Source, plates_of
+from pyro_amortize.views import View
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Reader:
             raise Uncapturable("data or masks reach the guide through no argument of the model: pass them as arguments")
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         with preserved(self.model, evaluating=True):
-            held = next(places(self.model, self.call, self.plan.families, self.plan.loops, seed, dict(self.fixed)))
+            families, loops, view = self.plan.families, self.plan.loops, View(self.plan.same, self.plan.events)
+            held = next(places(self.model, self.call, families, loops, seed, dict(self.fixed), view=view))
         nodes = held.sites
         self.looked_up = {"sites": nodes, "indices": held.indices}
         return [site for site in nodes.values() if site["type"] == "sample"]

@@ -276,7 +276,7 @@ def _start(
         planned, turn = plan.turn_of(name)
         if planned in names and normal_underneath(site["fn"]) is not None:  # a forecast's is the model's own
             own[name] = site, plan.block_of(planned), planned, turn
-    outer = {name: _outermost(site, block, turn) for name, (site, block, _, turn) in own.items()}
+    outer = {name: _outermost(site, block, turn, plan.same) for name, (site, block, _, turn) in own.items()}
     for plate in dict.fromkeys(outer.values()):
         for indices in [indices for indices, _ in covering(plate)] if plate else [None]:
             with Subsample(plate.name, indices) if plate and indices is not None else nullcontext():
@@ -286,9 +286,9 @@ def _start(
                 write_rows(tables, *own[name], found.loc, found.scale, indices)
 
 
-def _outermost(site: Any, block: Any, turn: dict[str, int]) -> Plate | None:
+def _outermost(site: Any, block: Any, turn: dict[str, int], same: dict[str, str]) -> Plate | None:
     """Returns the outermost plate of a block around one of its sites, loops apart."""
-    return next((plates_of([site])[plate] for plate in block.plates if plate not in turn), None)
+    return next((plates_of([site], same)[plate] for plate in block.plates if plate not in turn), None)
 
 
 def write_rows(
@@ -314,7 +314,7 @@ def write_rows(
         indices: The elements that the plate shows; None for all.
     """
     values = guide.coder_of(block).values[block.sites.index(planned)]
-    base, around = normal_underneath(own["fn"])[0], plates_of([own])  # type: ignore[index]
+    base, around = normal_underneath(own["fn"])[0], plates_of([own], guide.plan.same)  # type: ignore[index, union-attr]
     rows = torch.zeros(1, dtype=torch.long)
     for plate in block.plates:
         size = guide.plan.plates[plate]  # type: ignore[union-attr]

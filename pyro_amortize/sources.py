@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.poutine.util import site_is_factor
@@ -141,7 +141,7 @@ class SourceProbes:
                     name,
                     tuple(plate.name for plate in plates),
                     axes,
-                    tuple(plate.dim for plate in plates),
+                    tuple(plate.dim if feeds is None else self.probes.dim(feeds, plate) for plate in plates),
                     tuple(size for axis, size in enumerate(leaf.shape) if axis not in axes),
                     frozenset().union(*(claim.reaches for claim in mine)),
                     through,
@@ -312,7 +312,8 @@ class SourceProbes:
         site = self.probes.factors[name]
         if not site["is_observed"] or site_is_factor(site) or not set(plates) <= set(self.probes.frames(name)):
             return False
-        value = site_cells(site["value"], len(site["fn"].event_shape), plates).cpu()
+        mine = [replace(plate, dim=self.probes.dim(name, plate)) for plate in plates]
+        value = site_cells(site["value"], len(site["fn"].event_shape), mine).cpu()
         if value.numel() != cells.numel():
             return False
         return torch.equal(torch.nan_to_num(value.reshape(cells.shape)), torch.nan_to_num(cells))
@@ -396,7 +397,7 @@ class SourceProbes:
         for name in self.probes.members(plate):
             site = self.probes.factors[name]
             if not site["is_observed"]:
-                latents[name] = _swapped(swap, plate.dim - len(site["fn"].event_shape))
+                latents[name] = _swapped(swap, self.probes.dim(name, plate) - len(site["fn"].event_shape))
         if self.probes.changed(leaves=leaves, latents=latents) is None:
             return None
         for _, factor, after in self.probes.after():
@@ -425,7 +426,7 @@ class SourceProbes:
         for source in sources:
             if source.axes is None:
                 site = self.probes.factors[source.name]
-                axis = plate.dim - len(site["fn"].event_shape)
+                axis = self.probes.dim(source.name, plate) - len(site["fn"].event_shape)
                 observed[source.name] = _row_over(site["value"], axis, target, origin, radius)
             else:
                 if source.through[source.plates.index(plate.name)]:
@@ -437,16 +438,17 @@ class SourceProbes:
         for name in members:
             site = self.probes.factors[name]
             if not site["is_observed"]:
-                axis = plate.dim - len(site["fn"].event_shape)
+                axis = self.probes.dim(name, plate) - len(site["fn"].event_shape)
                 latents[name] = _twin(axis, target, origin, radius)
         if self.probes.changed(leaves=leaves, latents=latents, observed=observed) is None:
             return None
-        for _, _, after in (moved for moved in self.probes.after() if moved[0] in members):
+        for name, _, after in (moved for moved in self.probes.after() if moved[0] in members):
             factor, mask = after["log_prob"], after["mask"]
-            if factor.dim() >= -plate.dim and factor.shape[plate.dim] > 1:
+            dim = self.probes.dim(name, plate)
+            if factor.dim() >= -dim and factor.shape[dim] > 1:
                 counts = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-                pair = factor.movedim(plate.dim, 0)[[target, origin]]
-                both = counts.expand(factor.shape).movedim(plate.dim, 0)[[target, origin]].all(0).to(pair.device)
+                pair = factor.movedim(dim, 0)[[target, origin]]
+                both = counts.expand(factor.shape).movedim(dim, 0)[[target, origin]].all(0).to(pair.device)
                 if not torch.allclose(pair[0][both], pair[1][both], rtol=1e-4, atol=1e-5, equal_nan=True):
                     return True
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,18 @@ class Plate:
     """A vectorized plate as the example call had it: ``size`` elements of ``full_size``, drawn at random or given.
 
     A loop over sites (``z_0``, ``z_1``, ...) counts as one: ``first`` is then the number of its first turn, and
-    ``series`` says that its turns come in an order that matters, as those of a sequential plate do not.
+    ``series`` says that its turns come in an order that matters, as those of a sequential plate do not. ``also`` names
+    what else has its elements: plates, and events with a row for each.
     """
 
     name: str
-    dim: int
+    dim: int = field(compare=False)  # of its first site; others may have it at another
     size: int
     full_size: int
     at_random: bool = False
     first: int | None = None
     series: bool = False
+    also: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def order(self) -> tuple[bool, int, str]:
@@ -62,8 +64,13 @@ class Family:
         return re.compile(r"(\d+)".join(re.escape(text) for text in self.texts))
 
 
-def plates_of(sites: Iterable[Any]) -> dict[str, Plate]:
-    """Returns the vectorized plates around sample sites; where a plate has no size of its own, its sites tell it."""
+def plates_of(sites: Iterable[Any], same: Mapping[str, str] | None = None) -> dict[str, Plate]:
+    """Returns the vectorized plates around sample sites; where a plate has no size of its own, its sites tell it.
+
+    Args:
+        sites: The sites.
+        same: Plates that are to have the name of another.
+    """
     found: dict[str, Plate] = {}
     for site in sites:
         batch = getattr(site["fn"], "batch_shape", ())  # a plate's own site has none
@@ -72,9 +79,9 @@ def plates_of(sites: Iterable[Any]) -> dict[str, Plate]:
                 there = batch[frame.dim] if len(batch) >= -frame.dim else 1
                 size = max(int(frame.size), there if int(frame.size) < 0 else 0)
                 full_size = max(int(frame.full_size or size), size)
-                known = found.get(frame.name)
-                if known is None or known.size < size:
-                    found[frame.name] = Plate(frame.name, frame.dim, size, full_size)
+                name = (same or {}).get(frame.name, frame.name)
+                if name not in found or found[name].size < size:
+                    found[name] = Plate(name, frame.dim, size, full_size)
     return found
 
 
@@ -243,6 +250,8 @@ class Structure:
         shapes: Of the arguments that are tensors.
         empty: Arguments that are None.
         parameters: The names of all arguments.
+        same: Plates whose elements are those of others, and which; these are not in ``plates``.
+        events: Observed events that have rows in a plate, and their axis, from the right.
         carried: Arguments that are the values of observed sites, and which.
         part: The rows that were examined, if not all; the sizes of plates and ``shapes`` are those of all.
     """
@@ -258,6 +267,8 @@ class Structure:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)
     carried: dict[str, frozenset[str]] = field(default_factory=dict)
     part: Part | None = field(default=None, compare=False)
 

@@ -408,6 +408,8 @@ def test_the_way_out_of_crossed_indices_is_one_line():
     guide.initialize(*args)
     assert (guide.plan.block_of("u").inputs, guide.plan.block_of("u").features) == (("y", "item"), 1 + 3)
     assert guide.plan.verdict.closable is True
+    for parameter in guide.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
     order = torch.randperm(12)
     there, here = guide.posterior(*(arg[order] for arg in args)).mean["u"], guide.posterior(*args).mean["u"]
     torch.testing.assert_close(there, here)
