@@ -13,7 +13,7 @@ from pyro_amortize.answers import Joined, Series
 from pyro_amortize.calls import Model
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.subsamples import axis_of, covering, walked
+from pyro_amortize.subsamples import Lengths, axis_of, covering, walked
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class Answer:
 
 
 def answered(
-    run: Callable[[Mapping[str, Any]], Answer], model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    run: Callable[[Mapping[str, Any]], Answer],
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    lengths: Lengths,
 ) -> Answer:
     """Returns the answer for all elements that the data hold.
 
@@ -64,11 +68,12 @@ def answered(
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        lengths: Says how long the arguments are along a plate.
     """
     first = run({})
     around = plates_of(first.sites.values()).values()
     some = {plate.name for plate in around if plate.size < plate.full_size and plate.name in first.at_random}
-    plates = [plate for plate in walked(model, args, kwargs) if plate.name in some] if some else []
+    plates = [plate for plate in walked(model, args, kwargs, lengths) if plate.name in some] if some else []
     return _joined(plates, run, {}) if plates else first
 
 

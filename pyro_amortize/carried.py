@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,22 +15,38 @@ from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.structure import Plate, plates_of
 
 
+class Carried(NamedTuple):
+    """Values of a latent from another call.
+
+    Attributes:
+        values: Side by side or alone, in the shape of the site.
+        marks: Which elements have one; None for all.
+        surely: Whether something tells that the elements are the same; if not, they are as many.
+    """
+
+    values: Tensor
+    marks: Tensor | None
+    surely: bool
+
+
 @dataclass(frozen=True)
 class Informing:
     """Draws of the latents of a call that informs, and what tells whether another call has the same elements.
 
     Elements of a plate are known by their number where rows point to them by an index, where they stand in order, and
     where no observed site is in the plate: they are then those of groups or steps. Others are rows of data, which are
-    the same only if the other call has all of them. Whichever they are, the arguments that both calls hold for them
-    must agree.
+    the same if the other call has all of them, and some argument that both calls hold for them is equal; where none
+    tells, they are taken to be the same if they are as many and without data of their own. Whichever they are, no
+    argument that both calls hold for them may differ; one of several plates tells against the innermost only.
 
     Attributes:
         plan: The plan.
         calls: The call that informs, and the one that is asked for.
         values: Latent -> draws, shape (draws, *shape of the site).
         sites: Latent -> its site in that call.
-        plates: The plates of that call.
-        observed: Those of them that hold observed sites.
+        plates: The plates of that call of which it has all elements, or takes its arguments as they are.
+        taken: The latter: minibatches.
+        observed: The plates that hold observed sites.
     """
 
     plan: AmortizationPlan
@@ -38,24 +54,66 @@ class Informing:
     values: Values
     sites: Mapping[str, Any]
     plates: Mapping[str, Plate]
+    taken: frozenset[str]
     observed: frozenset[str]
-    _shared: dict[str, bool] = field(default_factory=dict, compare=False)
+    _shared: dict[str, bool | None] = field(default_factory=dict, compare=False)
 
-    def shares(self, plate: Plate) -> bool:
-        """Whether the elements of a plate are those of the call that informs, so far as that has them."""
+    def shares(self, plate: Plate) -> bool | None:
+        """Whether the elements of a plate are those of the call that informs, so far as that has them.
+
+        None where nothing tells, and they are as many.
+        """
         if plate.name not in self._shared:
-            self._shared[plate.name] = self._compare(plate)
+            self._shared[plate.name] = self._compare(plate) if plate.name in self.plates else False
         return self._shared[plate.name]
 
-    def _compare(self, plate: Plate) -> bool:
-        there = self.plates[plate.name].full_size
-        ours, theirs = (call.tensors for call in self.calls)
-        both = [(ours[name], theirs[name]) for name in self._arguments(plate.name) if name in ours and name in theirs]
-        if not all(_agree(*pair) for pair in both):
+    def _sizes(self, plate: Plate) -> tuple[int, int]:
+        """Returns how many elements a plate has in the other call and in that which informs."""
+        known = self.plates[plate.name]
+        return (plate.size, known.size) if plate.name in self.taken else (plate.full_size, known.full_size)
+
+    def _compare(self, plate: Plate) -> bool | None:
+        here, there = self._sizes(plate)
+        told = {name: self._agree(name) for name in self._arguments(plate.name)}
+        if any(agree is False and self._is_innermost(plate.name, name) for name, agree in told.items()):
             return False
         if self._is_numbered(plate.name):
             return True
-        return plate.full_size >= there if both else plate.full_size == there
+        if True in told.values():
+            return here >= there
+        return None if here == there and plate.name not in self.taken else False
+
+    def _agree(self, argument: str) -> bool | None:
+        """Whether an argument is equal in both calls, where both have elements and none is missing; None if unknown."""
+        one, other = (self._there(argument, call) for call in self.calls)
+        if one is None or other is None:
+            return None
+        if one.dim() != other.dim():
+            return False
+        sizes = tuple(slice(min(pair)) for pair in zip(one.shape, other.shape, strict=True))
+        here = ~(one[sizes].isnan() | other[sizes].isnan())
+        return bool(torch.equal(one[sizes][here], other[sizes][here])) if bool(here.any()) else None
+
+    def _there(self, argument: str, call: Call) -> Tensor | None:
+        """Returns an argument of a call, NaN where a mask covers it; None if there is none, or it is a mask itself."""
+        value = call.tensors.get(argument)
+        sources = [source for block in self.plan.blocks for source in block.sources if source.name == argument]
+        masks = {source.name for source in self.plan.masks.values() if source is not None}
+        if value is None or (argument in masks and not sources):
+            return None
+        value = value.double() if not value.is_floating_point() else value
+        for site in {source.feeds for source in sources if source.feeds in self.plan.masks}:
+            source = self.plan.masks[site]  # type: ignore[index]
+            mask = None if source is None else call.tensors.get(source.name)
+            if mask is None or mask.shape != value.shape:
+                return None
+            value = value if mask.is_floating_point() else torch.where(mask.bool(), value, torch.nan)
+        return value
+
+    def _is_innermost(self, plate: str, argument: str) -> bool:
+        """Whether no other plate along an argument stands inside a plate."""
+        others = [p for p, rows in self.plan.rows.items() if argument in rows and p in self.plates and p != plate]
+        return all(self.plates[other].dim < self.plates[plate].dim for other in others)
 
     def _arguments(self, plate: str) -> set[str]:
         """Returns the arguments that have an axis for a plate."""
@@ -68,15 +126,16 @@ class Informing:
         ordered = any(plate in block.couples for block in blocks)
         return linked or ordered or plate not in self.observed
 
-    def carried(self, msg: Any, indices: Mapping[str, Any], draws: _Some) -> tuple[Tensor, Tensor | None] | None:
-        """Returns the values of a latent at its site in the other call, and which of its elements have one."""
+    def carried(self, msg: Any, indices: Mapping[str, Any], draws: _Some) -> Carried | None:
+        """Returns the values of a latent at its site in the other call; None if it has none."""
         name, event_dim = msg["name"], len(msg["fn"].event_shape)
         if name not in self.values:
             return None
         mine, theirs = plates_of([msg]), plates_of([self.sites[name]])
         if {n: plate.dim for n, plate in mine.items()} != {n: plate.dim for n, plate in theirs.items()}:
             return None
-        if not all(self.shares(plate) for plate in mine.values()):
+        shared = [self.shares(plate) for plate in mine.values()]
+        if False in shared:
             return None
         event = self.sites[name]["fn"].event_shape
         if event != msg["fn"].event_shape:
@@ -87,14 +146,15 @@ class Informing:
             )
         value, marks = draws.of(self.values[name], self.values[name].dim() - 1 - event_dim), None
         for plate in mine.values():
-            ids = indices.get(plate.name)
+            ids = None if plate.name in self.taken else indices.get(plate.name)
             ids = torch.arange(plate.size) if ids is None else torch.as_tensor(ids)
-            there = self.plates[plate.name].full_size
+            _, there = self._sizes(plate)
             value = value.index_select(plate.dim - event_dim, ids.clamp(max=there - 1).to(value.device))
             if ids.numel() and int(ids.max()) >= there:
                 here = (ids < there).reshape(-1, *(1,) * (-plate.dim - 1)).to(value.device)
                 marks = here if marks is None else marks & here
-        return value, None if marks is None else marks.reshape(marks.shape + (1,) * event_dim)
+        marks = None if marks is None else marks.reshape(marks.shape + (1,) * event_dim)
+        return Carried(value, marks, None not in shared)
 
 
 @dataclass(frozen=True)
@@ -127,11 +187,11 @@ class Known:
         part.draws = _Some(start, count, nesting)
         return part
 
-    def of(self, msg: Any, indices: Mapping[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-        """Returns the values of a latent, and which of its elements have one (None for all); None if there are none."""
+    def of(self, msg: Any, indices: Mapping[str, Any]) -> Carried | None:
+        """Returns the values of a latent; None if it has none."""
         if msg["name"] in self.fixed:
             value = self.fixed[msg["name"]]
-            return self.draws.of(value, value.dim() - 1 - len(msg["fn"].event_shape)), None
+            return Carried(self.draws.of(value, value.dim() - 1 - len(msg["fn"].event_shape)), None, True)
         return self.informing.carried(msg, indices, self.draws) if self.informing else None
 
 
@@ -146,12 +206,3 @@ def line_for(call: Call) -> str:
     asked = [f"'{name}': {name}_new" for name, (value, _) in arguments.items() if value is not None]
     given = [f"'{name}': {name}" for name in arguments]
     return f"guide.predictive(model_kwargs={{{', '.join(asked)}}}, given={{{', '.join(given)}}})"
-
-
-def _agree(one: Tensor, two: Tensor) -> bool:
-    """Whether the arguments of two calls are equal where both have elements, along all axes."""
-    if one.dim() != two.dim():
-        return False
-    sizes = [min(pair) for pair in zip(one.shape, two.shape, strict=True)]
-    first, second = (value[tuple(slice(size) for size in sizes)] for value in (one, two))
-    return bool(torch.equal(first.nan_to_num(), second.nan_to_num().to(first.dtype)))

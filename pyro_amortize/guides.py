@@ -307,8 +307,9 @@ class AutoAmortized(AutoGuide):
         both calls have then come from q given that call: globals, groups that rows point to by an index and other
         plates without observed sites of their own (element by element, by their number), steps of a series, and rows
         that both calls have. Latents of new rows, new groups and later steps have the model's own conditional given
-        these, or q where the call has data for them. Rows are the same where their number is, or is larger, and the
-        arguments that both calls have for them are equal; so are groups.
+        these, or q where the call has data for them. Elements are the same only if the arguments that both calls have
+        for them are equal, and rows only if all of those that inform are there. Where no argument tells, as for schools
+        of which only the number is passed, as many are taken to be the same unless the call has data for them.
 
         Sites that are summed out are drawn jointly, given the other latents and the data. Plates whose elements the
         model draws at random are walked through, all of them once.
@@ -538,7 +539,7 @@ class AutoAmortized(AutoGuide):
             return Answer(run.sites, run.found, run.plates, run.values, dict(run.reader.indices), at_random)
 
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():
-            return answered(run, self.model, args, kwargs)
+            return answered(run, self.model, args, kwargs, self.plan.lengths)  # type: ignore[union-attr]
 
     def _refuse_uninitialized(self, what: str) -> None:
         if self.plan is None:

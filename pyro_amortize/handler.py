@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
-from pyro_amortize.carried import Known
+from pyro_amortize.carried import Carried, Known
 from pyro_amortize.changes import refuse_changed, refuse_lost
 from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.held import is_index
@@ -221,8 +221,10 @@ class GuidedRun(Messenger):
         site, turn = self.plan.turn_of(name)
         block = self.plan.block_of(name)
         carried = self.known.of(msg, self.reader.indices) if self.known else None
-        if carried is not None and carried[1] is None:
-            msg["value"], msg["infer"] = carried[0], {**msg["infer"], "enumerate": None}
+        if carried is not None and not carried.surely and block is not None and self._has_data(block, msg):
+            carried = None
+        if carried is not None and carried.marks is None:
+            msg["value"], msg["infer"] = carried.values, {**msg["infer"], "enumerate": None}
             msg["stop"] = not self._is_guided(name)
             return
         if block is None and site not in self.plan.left_to_model:
@@ -258,11 +260,18 @@ class GuidedRun(Messenger):
             self.plates[name] = tuple(plate.name for plate in around)
             msg["value"] = typical(q)
 
-    def _carry(self, msg: Any, carried: tuple[Tensor, Tensor | None] | None) -> None:
+    def _has_data(self, block: Block, msg: Any) -> bool:
+        """Whether this call has data of any element of a block."""
+        if self._block_parameters(block, msg) is None:
+            return False
+        marks = self._with_data.get(block.name)
+        return marks is None or bool(marks.any())
+
+    def _carry(self, msg: Any, carried: Carried | None) -> None:
         """Draws a latent of which some elements have their values already."""
-        value, marks = carried or (None, None)
-        if value is None or marks is None:
+        if carried is None or carried.marks is None:
             return
+        value, marks = carried.values, carried.marks
         batch = value.shape[: value.dim() - len(msg["fn"].event_shape)]
         msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, batch))
         msg["value"] = torch.where(marks, value, msg["fn"]())
@@ -406,6 +415,8 @@ class GuidedRun(Messenger):
                 )
         self._parameters[block.name] = parameters
         marks = self._with_data.get(block.name)
+        if marks is not None and not (self.answering or torch.is_grad_enabled() or is_recorded() or bool(marks.any())):
+            self._uninformed.note(block, plates)
         other_size = marks is not None and list(marks.shape) != self._sizes[block.name]  # which is refused in its turn
         if marks is not None and (other_size or (self.answering and bool(marks.all()))):
             self._with_data[block.name] = None

@@ -168,6 +168,12 @@ class AmortizationPlan:
                     return family.name, turn
         return site, {}
 
+    def lengths(self, plate: str, arguments: Mapping[str, Any]) -> set[int]:
+        """Returns how long the tensors among a call's arguments are along a plate."""
+        axes = self.rows.get(plate, {}).items()
+        found = ((arguments[name], axis) for name, axis in axes if name in arguments)
+        return {value.shape[axis] for value, axis in found if value.dim() > axis}
+
     def without_answer(self, name: str) -> str | None:
         """Says why q has no answer for a site; None for sites of blocks, and for unknown ones."""
         site, _ = self.turn_of(name)

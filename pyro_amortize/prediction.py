@@ -91,11 +91,11 @@ class Prediction:
             Site -> shape (draws, *site's shape), for latents, observed and deterministic sites.
         """
         known = Known({}, None if informing is None else self._informed(informing, call))
-        return self._walk(walked(self.model, *call), call, known, {}, self._replicated).values
+        return self._walk(walked(self.model, *call, self.plan.lengths), call, known, {}, self._replicated).values
 
     def latents(self, call: Arguments, indices: Indices) -> Values:
         """Draws the latents alone, but those that are left to the model."""
-        drawn = self._walk(walked(self.model, *call), call, Known({}, None), indices, self._latents)
+        drawn = self._walk(walked(self.model, *call, self.plan.lengths), call, Known({}, None), indices, self._latents)
         return self._guided(drawn.values)
 
     def deterministic(self, call: Arguments, draws: Values, indices: Indices) -> dict[str, Derived]:
@@ -111,23 +111,26 @@ class Prediction:
                         held[name] = held[name].index_select(axis, here.to(held[name].device))
             return self._at(call, Drawn(held, sites, frozenset(), indices), lambda model: model, is_deterministic)
 
-        drawn = self._walk(walked(self.model, *call), call, Known({}, None), indices, draw)
+        drawn = self._walk(walked(self.model, *call, self.plan.lengths), call, Known({}, None), indices, draw)
         return {name: Derived(value, plates_by_axis(drawn.sites[name])) for name, value in drawn.values.items()}
 
     def _guided(self, values: Values) -> Values:
         return {n: value for n, value in values.items() if self.plan.turn_of(n)[0] not in self.plan.left_to_model}
 
     def _informed(self, informing: Arguments, call: Arguments) -> Informing:
-        plates = walked(self.model, *informing)
+        plates = walked(self.model, *informing, self.plan.lengths)
         drawn = self._walk(plates, informing, Known({}, None), {}, self._latents)
-        walks = {plate.name for plate in plates}
         frames = plates_of(drawn.sites.values())
+        calls = Call(self.model, *informing), Call(self.model, *call)
+        some = {name for name, plate in frames.items() if plate.size < plate.full_size} - {p.name for p in plates}
+        taken = {name for name in some if frames[name].size in self.plan.lengths(name, calls[0].tensors)}
         return Informing(
             self.plan,
-            (Call(self.model, *informing), Call(self.model, *call)),
+            calls,
             self._guided(drawn.values),
             drawn.sites,
-            {name: plate for name, plate in frames.items() if plate.size == plate.full_size or name in walks},
+            {name: plate for name, plate in frames.items() if name not in some - taken},
+            frozenset(taken),
             frozenset(plates_of(drawn.sites[name] for name in drawn.observed)),
         )
 
@@ -195,12 +198,12 @@ class Prediction:
             there = known.at(0, self.num_draws, len(site["fn"].batch_shape)).of(site, drawn.indices)
             if there is not None:
                 carried[name] = there
-        whole = {name: value for name, (value, marks) in carried.items() if marks is None}
+        whole = {name: there.values for name, there in carried.items() if there.marks is None}
         values = {**drawn.values, **whole}
         found = draw_enumerated(self.model, *call, values, drawn.indices, self.num_draws)
         found = {**whole, **{name: value for name, value in found.items() if name in names}}
-        for name, (value, marks) in carried.items():
-            found[name] = value if marks is None else torch.where(marks, value, found[name])
+        for name, there in carried.items():
+            found[name] = there.values if there.marks is None else torch.where(there.marks, there.values, found[name])
         return found
 
     def _replicated(self, call: Arguments, known: Known, indices: Indices) -> Drawn:

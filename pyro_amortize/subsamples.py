@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Call, Model
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.supports import prior_value
+
+Lengths = Callable[[str, Mapping[str, Any]], set[int]]
 
 
 class Subsample(Messenger):
@@ -37,18 +39,31 @@ def covering(plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
         yield indices, indices >= start
 
 
-def walked(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Plate]:
+def walked(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Lengths = lambda plate, arguments: set()
+) -> list[Plate]:
     """Returns the plates of which a model picks elements at random, out of data that hold all of them.
 
-    A plate that takes its arguments as they are, minibatches, is none: it shows the same observations whichever
-    elements it is told to have. The model is left as found, and so is the random state.
+    A plate that takes its arguments as they are, minibatches, is none: these are as long as the subsample, or it shows
+    the same observations whichever elements it is told to have. The model is left as found, and so is the random state.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        lengths: Says how long the arguments are along a plate, where that is known.
     """
+    arguments = Call(model, args, kwargs).tensors
     with preserved(model, evaluating=True), torch.no_grad(), poutine.block():
         drawn = _Generic()
         sites = drawn.sites(model, args, kwargs)
         plates = [plate for plate in plates_of(sites).values() if plate.size < plate.full_size]
         picked = []
         for plate in (plate for plate in plates if plate.name in drawn.at_random):
+            known = lengths(plate.name, arguments)
+            if known & {plate.size, plate.full_size}:
+                picked += [] if plate.size in known else [plate]
+                continue
             seen = []
             for indices in (torch.arange(plate.size), torch.arange(plate.full_size)[-plate.size :]):
                 with Subsample(plate.name, indices):

@@ -57,8 +57,8 @@ class Uninformed:
         else:
             what = "no data of this call inform {}, though they did in training"
             advice = f"For the posterior, and to predict other rows than those that inform: {line_for(self.call)}."
+        why = f"Without {', '.join(missing)}" if missing else "As all are masked"
         warnings.warn(
-            f"{self.kind}: {what.format(sites)}. Without {', '.join(missing)}, draws are from the prior, given the "
-            f"latents above. {advice}",
+            f"{self.kind}: {what.format(sites)}. {why}, draws are from the prior, given the latents above. {advice}",
             stacklevel=3,
         )

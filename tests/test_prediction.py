@@ -19,12 +19,12 @@ NUM = 2000
 
 def ready(model, *args, **options):
     """Returns a guide that has seen a call, with parameters away from their start."""
-    kwargs = options.pop("model_kwargs", {})
+    kwargs, noise = options.pop("model_kwargs", {}), options.pop("noise", 0.3)
     guide = AutoAmortizedNormal(model, **options)
     guide.initialize(*args, **kwargs)
     with torch.no_grad():
         for parameter in guide.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+            parameter.add_(noise * torch.randn(parameter.shape))
     return guide
 
 
@@ -217,6 +217,51 @@ def test_other_students_of_the_same_schools():
     assert agrees(draws["skill"] - draws["level"], torch.tensor(0.0), torch.tensor(0.5))
     others = guide.predictive(3, 6, given=(8, 6, y), num_samples=NUM)
     assert agrees(others["level"] - others["mean"][:, None, None], torch.tensor(0.0), torch.tensor(1.0))
+
+
+def masked(y, mask, x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("schools", y.shape[0], dim=-2):
+        level = pyro.sample("level", dist.Normal(mu, 1.0))
+        with pyro.plate("students", y.shape[1], dim=-1), poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(level + x, 1.0), obs=y)
+
+
+MASKED = (5 + X.reshape(8, 5), torch.arange(5) < 1 + torch.arange(8)[:, None], torch.randn(8, 5))
+NONE = torch.zeros(8, 3, dtype=torch.bool)
+
+
+def test_new_students_under_a_mask():
+    guide = ready(masked, *MASKED, noise=0.1)
+    posterior = guide.posterior(*MASKED)
+    draws = guide.predictive(torch.zeros(8, 3), NONE, torch.ones(8, 3), given=MASKED, num_samples=NUM)
+    assert agrees(draws["level"], posterior.mean["level"], posterior.stddev["level"])
+    assert agrees(draws["y"] - draws["level"] - 1, torch.tensor(0.0), torch.tensor(1.0))
+    others = torch.ones(8, 3), ~NONE, torch.ones(8, 3)  # with data of their own
+    draws, posterior = guide.predictive(*others, given=MASKED, num_samples=NUM), guide.posterior(*others)
+    assert agrees(draws["level"], posterior.mean["level"], posterior.stddev["level"])
+
+
+def test_groups_of_which_all_data_are_masked_are_warned_of():
+    guide = ready(masked, *MASKED, noise=0.1)
+    with pytest.warns(UserWarning, match="no data of this call inform 'level', .*As all are masked"):
+        guide.predictive(torch.zeros(8, 3), NONE, torch.ones(8, 3), num_samples=2)
+
+
+def test_rows_of_minibatches():
+    def model(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 1000, len(x)):
+            z = pyro.sample("z", dist.Normal(slope * x, 0.5))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    guide = ready(model, X, Y)
+    posterior = guide.posterior(X, Y)
+    draws = guide.predictive(X[:7] + 1, given=(X, Y), num_samples=NUM)
+    assert draws["y"].shape == (NUM, 7)
+    assert agrees(draws["z"] - draws["slope"][:, None] * (X[:7] + 1), torch.tensor(0.0), torch.tensor(0.5))
+    draws = guide.predictive(X, given=(X, Y), num_samples=NUM)  # the same rows
+    assert agrees(draws["z"], posterior.mean["z"], posterior.stddev["z"])
 
 
 # Series.
