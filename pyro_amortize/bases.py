@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
-from pyro_amortize.held import PLACES, Base, HeldRun, factors_of, places
+from pyro_amortize.held import PLACES, Base, HeldRun, all_finite, factors_of, places
 from pyro_amortize.loops import find_loops
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Family, Plate
@@ -77,6 +78,7 @@ class _Search:
             if is_finite and (number + 1 >= len(PLACES) or not self._missing()):
                 break
         self._refuse()
+        self._validate()
         unseen = {
             latent: frozenset(
                 site for kind, name, site in self._missing() if (kind, name) == ("latent", latent) and site
@@ -146,6 +148,22 @@ class _Search:
             left -= edges
         return chosen or [self.shown[0][0]]
 
+    def _validate(self) -> None:
+        """Runs the model in the user's mode of validation; raises what it raises wherever all densities are finite."""
+        errors: list[Exception] = []
+        for base in (base for base, _ in self.shown if all_finite(base.nodes)):
+            try:
+                base.held.run()
+                return
+            except Exception as error:
+                errors.append(error)
+        for held in places(self.model, self.call) if errors else ():
+            with suppress(Exception):
+                held.run()
+                return
+        if errors:
+            raise errors[0]
+
     def _refuse(self) -> None:
         """Refuses a site whose density is finite nowhere."""
         base, _ = self.shown[0]
@@ -202,8 +220,9 @@ def _graph(base: Base) -> set[Edge]:
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, where numbers are taken out of tensors that have gradients
             factors = factors_of(held.run(gradients=True))
-    except Exception:  # a model need not be differentiable
-        return set()
+    except Exception:  # a model need not be differentiable: anything may enter what is observed after it
+        order, observed = list(base.factors), [name for name, site in base.factors.items() if site["is_observed"]]
+        return {("latent", n, site) for n in base.latents for site in observed if order.index(n) < order.index(site)}
     inputs = {id(leaf): ("argument", name) for name, leaf in held.inputs.items()}
     for name, leaf in held.unknowns.items():
         family = next((family.name for family in held.families if family.numbers(name) is not None), name)

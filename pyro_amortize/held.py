@@ -51,7 +51,6 @@ class HeldRun(Messenger):
 
     Attributes:
         values: The values at which latents are held.
-        fresh: Other values, to replace them by.
         nodes: The nodes of the last run's trace, as they are in the model.
     """
 
@@ -72,7 +71,6 @@ class HeldRun(Messenger):
         self.draw = draw
         self.sites: dict[str, Any] = {}
         self.values: dict[str, Tensor] = {}
-        self.fresh: dict[str, Tensor] = {}
         self.indices: dict[str, Any] = {} if indices is None else indices
         self.drawn: set[str] = set()
         self.plate_dims: dict[str, dict[str, int]] = {}
@@ -124,11 +122,13 @@ class HeldRun(Messenger):
         leaves[name] = value.requires_grad_()
         return value.clone()
 
-    def replacements(self) -> dict[str, Tensor]:
-        """Returns the fresh values, those of a loop's sites merged as the sites are."""
-        nodes = {n: {**s, "value": self.fresh[n]} if n in self.fresh else s for n, s in self.nodes.items()}
-        fresh = merged(nodes, self.families, self.loops)
-        return {name: site["value"] for name, site in fresh.items() if site["type"] == "sample"}
+    def fresh(self) -> dict[str, Tensor]:
+        """Draws other values for the latents; those of a loop's sites are merged as the sites are."""
+        pyro.set_rng_seed(1)
+        nodes = dict(self.nodes)
+        for name, value in self.values.items():
+            nodes[name] = {**nodes[name], "value": another_value(nodes[name], value, self.draw)}
+        return {n: s["value"] for n, s in merged(nodes, self.families, self.loops).items() if s["type"] == "sample"}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -140,7 +140,6 @@ class HeldRun(Messenger):
         elif not is_delta(msg["fn"]):
             if name not in self.values:
                 self.values[name] = self.draw(msg)
-                self.fresh[name] = another_value(msg, self.values[name], self.draw)
                 events = len(msg["fn"].event_shape)
                 self.plate_dims[name] = {f.name: f.dim - events for f in self.view.frames(msg) if f.vectorized}
             msg["value"] = self._own(self.unknowns, name, self._latents.get(name, self.values[name]))
@@ -229,7 +228,7 @@ class Base:
         self.held = held
         with pyro.validation_enabled(False):
             self.nodes = held.run()
-            self.fresh = held.replacements()
+            self.fresh = held.fresh()
             again = held.run()
         self.factors = factors_of(self.nodes)
         self.noise = 0.0

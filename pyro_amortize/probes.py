@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.held import Base, Change, all_finite
+from pyro_amortize.held import Base, Change
 from pyro_amortize.structure import Family, Link, Plate, plates_of
 
 
@@ -60,7 +60,7 @@ class Probes:
     def __post_init__(self) -> None:
         first = self.bases[0]
         self.held, self.factors, self.noise = first.held, first.factors, first.noise
-        self.base = first.held.run() if all_finite(first.nodes) else first.nodes  # in the user's mode of validation
+        self.base = first.nodes
         self.links: list[Link] = []
         self.same: dict[str, str] = {}
         self.plates: dict[str, Plate] = {}

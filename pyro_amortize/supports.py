@@ -333,10 +333,11 @@ def another_value(msg: Any, value: Tensor, draw: Callable[[Any], Tensor]) -> Ten
     fn = msg["fn"]
     if not support_of(fn).is_discrete or is_delta(fn):
         return draw(msg)
-    if not fn.has_enumerate_support:
+    try:
+        support = fn.enumerate_support()
+    except NotImplementedError:
         draws = (fn.sample() for _ in range(20))
         return next((draw for draw in draws if not torch.equal(draw, value)), value)
-    support = fn.enumerate_support()
     same = support == value
     for _ in fn.event_shape:
         same = same.all(-1)

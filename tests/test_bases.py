@@ -253,6 +253,17 @@ def packed(y):
         pyro.sample("x", dist.Normal(both[1], 1.0), obs=y)
 
 
+def test_a_latent_of_code_without_gradients_is_not_left_alone_unless_it_comes_after_the_data():
+    def model(y):
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(torch.as_tensor(np.maximum(z.numpy(), 1e9)), 1.0), obs=y)
+        pyro.sample("next", dist.Normal(0.0, 1.0))
+
+    plan = plan_amortization(model, Y)
+    assert (plan.flat, plan.left_to_model) == (("z",), ("next",))
+
+
 def test_latents_in_one_tensor_inform_only_what_they_move():
     probes = looked(packed, Y)
     assert (probes.reached("a"), probes.reached("b")) == ({"y"}, {"x"})
@@ -289,9 +300,9 @@ def test_a_fit_without_parameters_names_what_is_left_to_the_model():
 def test_options_overrule_that_a_latent_is_left_to_the_model(options, inputs):
     def model(y):
         with plate(y):
-            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("w", dist.Normal(0.0, 1.0))
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z + 0 * torch.as_tensor(w.numpy()), 1.0), obs=y)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     assert plan_amortization(model, Y).left_to_model == ("w",)
     guide = AutoAmortizedNormal(model, **options)
@@ -372,6 +383,15 @@ def test_no_warning_comes_of_values_far_off():
 
     plan = plan_amortization(model, Y)  # all places are tried, in search of what 'unused' may move
     assert plan.left_to_model == ("unused",)
+
+
+def test_parameters_that_validation_refuses_at_some_values_only():
+    def model(y):
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(0.0, 0.5))
+            pyro.sample("y", dist.Bernoulli(0.5 + z), obs=y)
+
+    assert plan_amortization(model, HIT).block_of("z").inputs == ("y",)
 
 
 def test_a_model_that_raises_everywhere():
