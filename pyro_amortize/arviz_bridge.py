@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Variable = tuple[tuple[str, ...], np.ndarray, Mapping[str, np.ndarray]]
+"""Names of a variable's dimensions, its values, and what else is known of the elements along the last of these."""
+Groups = dict[str, dict[str, Variable]]
 FEWEST_DRAWS = 25
 FEWEST_IN_CHAIN = 4
 OFTEN = 20
@@ -24,19 +27,21 @@ def _arviz() -> Any:
     return arviz
 
 
-def inference_data(groups: Mapping[str, Mapping[str, tuple[tuple[str, ...], np.ndarray]]]) -> Any:
+def inference_data(groups: Groups) -> Any:
     """Returns ArviZ's own object: ``InferenceData`` in 0.x, ``DataTree`` in 1.x.
 
     Args:
-        groups: Group -> variable -> names of its dimensions, and its values. Names hold no '/', and no variable has
-            that of a dimension. Elements are numbered from 0.
+        groups: Group -> name -> variable. Names hold no '/', and no variable has that of a dimension. Elements are
+            numbered from 0.
     """
     import xarray
 
     datasets = {}
     for group, variables in groups.items():
-        sizes = {dim: n for dims, values in variables.values() for dim, n in zip(dims, values.shape, strict=True)}
-        datasets[group] = xarray.Dataset(dict(variables), {dim: np.arange(size) for dim, size in sizes.items()})
+        data = {name: (dims, values) for name, (dims, values, _) in variables.items()}
+        sizes = {dim: n for dims, values in data.values() for dim, n in zip(dims, values.shape, strict=True)}
+        places = {name: (dims[-1], known) for dims, _, all_ in variables.values() for name, known in all_.items()}
+        datasets[group] = xarray.Dataset(data, {**{dim: np.arange(size) for dim, size in sizes.items()}, **places})
     arviz = _arviz()
     if int(arviz.__version__.split(".")[0]) < 1:
         return arviz.InferenceData(**datasets)

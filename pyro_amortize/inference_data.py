@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -50,9 +49,11 @@ def to_arviz(obj: Any, num_samples: int | None = None) -> Any:
 
     * ``posterior``: draws of the latents, those that are summed out included, given the others and the data; and of
       the deterministic sites.
-    * ``log_likelihood``: log p(observation | latents) in nats of every observed site, by element of its plates; what a
-      mask covers counts 0. All latents are at their draws, discrete ones too; where each datum has one of its own,
-      k-hat of leave-one-out is high. Where several sites are observed, tell ArviZ which: ``az.loo(..., var_name="x")``.
+    * ``log_likelihood``: log p(observation | latents) in nats of every observed site, by element of its plates. Where
+      a mask covers some, those that are there stand in one dimension, ``y_entry``, with their places in the plates as
+      coordinates, ``y_data``: so ArviZ counts no others. All latents are at their draws, discrete ones too; where each
+      datum has one of its own, k-hat of leave-one-out is high. Where several sites are observed, tell ArviZ which:
+      ``az.loo(..., var_name="x")``.
     * ``observed_data``; ``constant_data``: values at which latents were held.
     * ``sample_stats``: ``diverging``, of MCMC.
     * ``gap``: the numbers per datum of a report, along the plate of the data.
@@ -135,11 +136,13 @@ class _Array:
         values: Shape (*lead, ...).
         plates: The plate of each axis after those; None for an axis of an event.
         lead: Names of the first axes.
+        present: Which of its elements are there, shape (...); None if all are.
     """
 
     values: Tensor
     plates: tuple[str | None, ...]
     lead: tuple[str, ...] = ()
+    present: Tensor | None = None
 
 
 Groups = dict[str, dict[str, _Array]]
@@ -329,9 +332,14 @@ def _of_model(
         call.model, call.args, call.kwargs, held, indices or {}, shape.numel(), wanted=is_deterministic
     )
     derived = {n: _array(v.unflatten(0, shape), plates_by_axis(sites[n]), LEAD) for n, v in found.items()}
+    likelihood = sampled(run.log_likelihood(), observed)
+    for name, array in likelihood.items():
+        present = run.present(observed[name])
+        if present is not None:
+            likelihood[name] = replace(array, present=present.reshape(array.values.shape[len(LEAD) :]))
     groups = {
         "posterior": {**sampled(values, run.latents), **derived},
-        "log_likelihood": sampled(run.log_likelihood(), observed),
+        "log_likelihood": likelihood,
         "observed_data": {name: array for name, array in data.items() if name not in given},
         "constant_data": {name: array for name, array in data.items() if name in given},
     }
@@ -365,7 +373,8 @@ def _as_series(arrays: dict[str, _Array], series: Iterable[tuple[str, Series]]) 
         place = max((i + 1 for i, plate in enumerate(plates) if plate is not None), default=0)
         axis = len(lead) + place
         values = torch.stack([part.values for part in parts], axis).unflatten(axis, one.sizes)
-        whole = _Array(values, (*plates[:place], *one.loops, *plates[place:]), lead)
+        present = torch.stack([_present(part) for part in parts], place).unflatten(place, one.sizes)
+        whole = _Array(values, (*plates[:place], *one.loops, *plates[place:]), lead, present)
         found = {
             key: array
             for member, part in found.items()
@@ -403,6 +412,12 @@ def _array(values: Tensor, plates: Sequence[str | None], lead: tuple[str, ...] =
     return _Array(values, tuple(plates[i] if i < len(plates) else None for i in kept), lead)
 
 
+def _present(array: _Array) -> Tensor:
+    """Returns which elements of an array are there."""
+    whole = torch.ones(array.values.shape[len(array.lead) :], dtype=torch.bool)
+    return whole if array.present is None else array.present
+
+
 def _joined(parts: list[tuple[Groups, Tensor]], plate: str) -> Groups:
     """Puts the elements of a plate together, of which each part has some that are new."""
     joined: Groups = {}
@@ -413,6 +428,9 @@ def _joined(parts: list[tuple[Groups, Tensor]], plate: str) -> Groups:
                 axis = len(array.lead) + array.plates.index(plate)
                 pieces = [g[group][name].values.movedim(axis, 0)[new].movedim(0, axis) for g, new in parts]
                 array = replace(array, values=torch.cat(pieces, axis))
+                place = axis - len(array.lead)
+                there = [_present(g[group][name]).movedim(place, 0)[new].movedim(0, place) for g, new in parts]
+                array = replace(array, present=torch.cat(there, place))
             joined[group][name] = array
     return joined
 
@@ -429,25 +447,43 @@ def _plate_of(rows: int, arrays: Mapping[str, _Array]) -> str:
 # Names.
 
 
-def _named(groups: Groups) -> dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]:
-    """Gives variables and dimensions names that differ, and that files allow."""
+def _named(groups: Groups) -> arviz_bridge.Groups:
+    """Gives variables and dimensions names that differ, and that files allow.
+
+    An array of which some elements are not there has one dimension of those that are, and along it their places.
+    """
     taken = set(LEAD)
     names = {name: _free(name, taken) for name in dict.fromkeys(name for arrays in groups.values() for name in arrays)}
     dims: dict[Any, str] = {}
-    found: dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]] = {}
+
+    def dim(wanted: str, *which: Any) -> str:
+        key = (wanted, *which)
+        if key not in dims:
+            dims[key] = _free(wanted, taken)
+        return dims[key]
+
+    found: arviz_bridge.Groups = {}
     for group, arrays in groups.items():
         variables = found[group.replace("/", "_")] = {}
         for name, array in arrays.items():
-            own = list(array.lead)
             numbers = count()
-            for size, plate in zip(array.values.shape[len(own) :], array.plates, strict=True):
-                wanted = f"{names[name]}_dim_{next(numbers)}" if plate is None else plate
-                key = (wanted, plate is None, size)
-                if key not in dims:
-                    dims[key] = _free(wanted, taken)
-                own.append(dims[key])
-            variables[names[name]] = tuple(own), array.values.detach().cpu().numpy().copy()
-    return found
+            wanted = [f"{names[name]}_dim_{next(numbers)}" if plate is None else plate for plate in array.plates]
+            values, coordinates = array.values, {}
+            if array.present is None or bool(array.present.all()):
+                sizes = values.shape[len(array.lead) :]
+                own = [dim(w, p is None, size) for w, p, size in zip(wanted, array.plates, sizes, strict=True)]
+            elif bool(array.present.any()):
+                places = array.present.nonzero()
+                own = [dim(f"{names[name]}_entry", len(places))]
+                coordinates = {
+                    dim(f"{names[name]}_{w}", "place"): column.cpu().numpy()
+                    for w, column in zip(wanted, places.unbind(-1), strict=True)
+                }
+                values = values[..., array.present]
+            else:
+                continue
+            variables[names[name]] = (*array.lead, *own), values.detach().cpu().numpy().copy(), coordinates
+    return {group: variables for group, variables in found.items() if variables}
 
 
 def _free(name: str, taken: set[str]) -> str:

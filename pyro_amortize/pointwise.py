@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, side_by_side
-from pyro_amortize.missing import refuse_nan
+from pyro_amortize.missing import present_entries, refuse_nan
 from pyro_amortize.structure import plates_of
 from pyro_amortize.supports import is_enumerated
 
@@ -64,6 +64,15 @@ class Pointwise:
         """Returns the value of an observed site, in the shape of its log density and event."""
         value = torch.as_tensor(site["value"])
         return value.expand(batch_of(site) + site["fn"].event_shape)
+
+    @staticmethod
+    def present(site: Any) -> Tensor | None:
+        """Returns which observations of a site are there, in the shape of its log density; None if all are."""
+        entries = present_entries(site)
+        if entries is None:
+            return None
+        batch = batch_of(site)
+        return entries.expand(batch + site["fn"].event_shape).reshape(*batch, -1).any(-1)
 
     @property
     def summed_out(self) -> set[str]:

@@ -134,10 +134,12 @@ def test_models_of_the_zoo(name, x):
             densities_are_those_of_a_run(data, k, own, guide, args, kwargs)
 
 
-def by_site(data, group, plan):
+def by_site(data, group, plan, left_out=()):
     """Values of all sites, those of loops one by one."""
     found = {}
     for n, variable in data[group].data_vars.items():
+        if n in left_out:
+            continue
         loops = [loop for family in plan.families if family.name == n for loop in family.loops]
         if not loops:
             found[n] = torch.as_tensor(variable.values)
@@ -158,11 +160,21 @@ def densities_are_those_of_a_run(data, k, own, guide, args, kwargs):
         held = {n: drawn[n][0, k].reshape(shape) for n, shape in shapes.items()}
         trace = poutine.trace(poutine.condition(own, data=held)).get_trace(*args, **kwargs)
         trace.compute_log_prob()
-    for n, found in by_site(data, "log_likelihood", guide.plan).items():
-        mine, site = found[0, k], trace.nodes[n]
+
+    def exact(site):
         subsampling = math.prod(int(f.full_size) / int(f.size) for f in site["cond_indep_stack"] if f.full_size)
-        exact = (site["log_prob"] / subsampling).expand(site["fn"].batch_shape)
-        torch.testing.assert_close(mine, exact.reshape(mine.shape), rtol=1e-3, atol=1e-3)
+        return (site["log_prob"] / subsampling).expand(site["fn"].batch_shape)
+
+    masked = {n: v for n, v in data["log_likelihood"].data_vars.items() if f"{n}_entry" in v.dims}
+    for n, variable in masked.items():  # those that are there, in all turns of a loop
+        family = next((family for family in guide.plan.families if family.name == n), None)
+        members = [m for m in trace.nodes if m == n or (family is not None and family.numbers(m) is not None)]
+        there = torch.cat([exact(trace.nodes[m])[trace.nodes[m]["log_prob"] != 0].flatten() for m in members])
+        mine = torch.as_tensor(variable.values)[0, k]
+        torch.testing.assert_close(mine.sort().values, there.sort().values, rtol=1e-3, atol=1e-3)
+    for n, found in by_site(data, "log_likelihood", guide.plan, set(masked)).items():
+        mine = found[0, k]
+        torch.testing.assert_close(mine, exact(trace.nodes[n]).reshape(mine.shape), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("vectorizable", [True, False])
@@ -398,16 +410,73 @@ def test_two_plates_that_subsample_are_refused(x):
         to_arviz(fitted(own, x, guide=hand))
 
 
-def test_masked_observations_count_nothing(x):
+@pytest.mark.parametrize("kind", ["handler", "distribution", "nan"])
+def test_masked_observations_are_not_there(kind):
+    """Leave-one-out is that of the data that are there, to the digit; the others stand with their places."""
+
+    def priors():
+        return pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.LogNormal(0.0, 1.0))
+
+    def masked(y, mask):
+        mean, sd = priors()
+        with pyro.plate("rows", 50, dim=-2), pyro.plate("columns", 4, dim=-1):
+            if kind == "handler":
+                with poutine.mask(mask=mask):
+                    pyro.sample("y", dist.Normal(mean, sd), obs=y)
+            elif kind == "distribution":
+                pyro.sample("y", dist.Normal(mean, sd).mask(mask), obs=y)
+            else:
+                pyro.sample("y", dist.NanMaskedNormal(mean, sd), obs=torch.where(mask, y, torch.nan))
+
+    def there(y):
+        mean, sd = priors()
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mean, sd), obs=y)
+
+    y, mask = 1 + torch.randn(50, 4), torch.rand(50, 4) < 0.5
+
+    def guide(*args):
+        pyro.sample("mean", dist.Normal(1.0, 0.1))
+        pyro.sample("sd", dist.LogNormal(0.0, pyro.param("spread", torch.tensor(0.05))))
+
+    own, other = (fitted(m, *args, guide=guide) for m, args in ((masked, (y, mask)), (there, (y[mask],))))
+    data = to_arviz(own, num_samples=200)
+    entries = data.log_likelihood["y"]
+    assert entries.dims == ("chain", "draw", "y_entry")
+    assert torch.equal(torch.as_tensor(entries["y_rows"].values), mask.nonzero()[:, 0])
+    assert torch.equal(torch.as_tensor(entries["y_columns"].values), mask.nonzero()[:, 1])
+    assert data.observed_data["y"].shape == (50, 4)
+    found, exact = az.loo(data), az.loo(to_arviz(other, num_samples=200))
+    assert found.n_data_points == int(mask.sum())
+    assert found.elpd_loo == pytest.approx(exact.elpd_loo, rel=1e-4)
+    assert found.se == pytest.approx(exact.se, rel=1e-4)
+
+
+def test_masked_observations_of_a_plate_that_is_walked_through(x):
     def own(x, mask):
-        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        theta = pyro.sample("theta", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 8, 3) as rows, poutine.mask(mask=mask[rows]):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x[rows])
+
+    mask = torch.arange(8) % 3 > 0
+    data = to_arviz(fitted(own, x, mask), num_samples=5)
+    assert data.log_likelihood["x"].dims == ("chain", "draw", "x_entry")
+    assert data.log_likelihood["x"]["x_data"].values.tolist() == mask.nonzero().flatten().tolist()
+    theta = values(data, "posterior", "theta")
+    exact = dist.Normal(theta[..., None], 1.0).log_prob(x[mask])
+    torch.testing.assert_close(values(data, "log_likelihood", "x"), exact)
+
+
+def test_a_site_without_observations_has_no_likelihood(x):
+    def own(x, mask):
+        with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            with poutine.mask(mask=mask):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
-    mask = torch.arange(8) < 5
-    log_likelihood = values(to_arviz(fitted(own, x, mask), num_samples=5), "log_likelihood", "x")
-    assert (log_likelihood[..., 5:] == 0).all()
-    assert (log_likelihood[..., :5] != 0).all()
+    data = to_arviz(fitted(own, x, torch.zeros(8, dtype=torch.bool)), num_samples=5)
+    assert dims(data, "log_likelihood") == {"x": ("chain", "draw", "data")}
 
 
 # Names.
