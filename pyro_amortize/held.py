@@ -110,6 +110,8 @@ class HeldRun(Messenger):
             for name, node in self.view.of(trace.nodes).items():
                 trace.nodes[name] = node
             trace.compute_log_prob()
+            for site in trace.observation_nodes:  # without validation densities take plain numbers
+                trace.nodes[site]["value"] = torch.as_tensor(trace.nodes[site]["value"])
             self.nodes = dict(trace.nodes)
             self.sites = merged(trace.nodes, self.families, self.loops)
         return self.sites

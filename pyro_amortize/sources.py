@@ -464,7 +464,7 @@ def _twin(axis: int, target: int, origin: int, radius: int) -> Change:
 
 def _row_over(value: Tensor, axis: int, target: int, origin: int, radius: int) -> Tensor:
     copy = value.clone()
-    rows = copy.movedim(axis, 0)
+    rows = copy.movedim(axis, 0) if value.dim() >= -axis else copy[None]  # one value for all rows
     if len(rows) > 1:
         rows[target - radius : target + radius + 1] = rows[origin - radius : origin + radius + 1].clone()
     return copy

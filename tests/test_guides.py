@@ -498,3 +498,44 @@ def test_loading_a_state_dict_keeps_the_parameters_that_an_optimizer_holds():
     elbo.differentiable_loss(model, guide, x).backward()
     optimizer.step()
     assert not torch.equal(guide.median(x)["z"], before)
+
+
+# Observations that are plain numbers.
+
+
+def reading(guess):
+    weight = pyro.sample("weight", dist.Normal(guess, 1.0))
+    return pyro.sample("reading", dist.Normal(weight, 0.75))
+
+
+@pytest.mark.parametrize("number", [9.5, 9], ids=["float", "int"])
+def test_without_validation_observations_may_be_numbers(number):
+    """With the exact posterior as q every draw's loss is the evidence, that of a normal of variance 1 + 0.75^2."""
+    model = pyro.condition(reading, data={"reading": number})
+    exact = init_to_value(values={"weight": torch.tensor(0.36 * (8.5 + number / 0.75**2))})
+    with pyro.validation_enabled(False):
+        guide = AutoAmortizedNormal(model, init_loc_fn=exact, init_scale=0.6)
+        loss = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(8.5)
+    evidence = dist.Normal(8.5, 1.25).log_prob(torch.tensor(float(number)))
+    assert loss == pytest.approx(-float(evidence), abs=1e-4)
+
+
+def test_with_validation_observations_that_are_numbers_are_refused_as_by_pyro():
+    model = pyro.condition(reading, data={"reading": 9.5})
+    for guide in (AutoNormal(model), AutoAmortizedNormal(model)):
+        with pytest.raises(ValueError, match="at site 'reading':\nThe value argument to log_prob must be a Tensor"):
+            SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(8.5)
+
+
+@pytest.mark.parametrize("value", [0.7, torch.tensor(0.7)], ids=["number", "tensor"])
+def test_one_observed_value_for_all_rows(value):
+    def model(x):
+        with pyro.plate("d", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("c", dist.Normal(z, 1.0), obs=value)
+
+    guide = AutoAmortizedNormal(model)
+    with pyro.validation_enabled(isinstance(value, torch.Tensor)):
+        guide.initialize(torch.randn(5))
+        assert guide.posterior(torch.randn(3)).mean["z"].shape == (3,)
