@@ -60,7 +60,7 @@ def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stru
             raise
         raise ValueError(
             f"plan_amortization: the model fails on argument '{frames[0]}', of pandas; Pyro's densities need tensors. "
-            f"Pass torch.as_tensor({frames[0]}.to_numpy())."
+            f"Pass torch.tensor({frames[0]}.to_numpy())."
         ) from error
 
 

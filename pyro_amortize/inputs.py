@@ -271,11 +271,18 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Ten
             f"it for every element. Pass a tensor: torch.as_tensor({source.name})."
         )
     assert source.axes is not None
+    if value.dim() < len(source.axes) + len(source.shape):
+        raise ValueError(
+            f"AutoAmortized: argument '{source.name}' has shape {tuple(value.shape)}, so it lacks an axis: there has "
+            f"to be one for the elements of plate '{around}', of shape {source.shape} each. One alone is "
+            f"{source.name}.unsqueeze({source.axes[0]})."
+        )
     cell = tuple(size for axis, size in enumerate(value.shape) if axis not in source.axes)
     if value.dim() <= max(source.axes, default=-1) or cell != source.shape:
         got, expected = _numel(cell), _numel(source.shape)
-        what = f"{got} features" if got != expected else f"rows of shape {cell}"
-        want = f"{expected}" if got != expected else f"shape {source.shape}"
+        wide = got != expected and len(cell) == len(source.shape)
+        what = f"{got} features" if wide else f"rows of shape {cell}"
+        want = f"{expected}" if wide else f"shape {source.shape}"
         raise ValueError(
             f"AutoAmortized: argument '{source.name}' has {what} per element of plate '{around}', but the guide was "
             f"initialized with {want}. Build a new guide for data of this width: guide = AutoAmortizedNormal(model)."

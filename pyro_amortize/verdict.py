@@ -242,7 +242,8 @@ class Judge:
                 return Verdict(
                     False,
                     f"rows of '{plate}' with equal data have different densities: the model knows something of a row "
-                    f"that no argument carries (a closure, the index, a parameter a row); "
+                    f"that no tensor among the arguments carries (a closure, a data frame, the index, a parameter a "
+                    f"row); "
                     f"{whole if pooled else 'pass it as an argument'}",
                 )
         sizes = {facts.plates[plate].size for plate in plates}

@@ -153,7 +153,7 @@ def test_data_without_rows_are_named_by_the_guide(guide):
 
 def test_data_of_pandas():
     refused(
-        ValueError, r"torch.as_tensor\(x.to_numpy\(\)\)", lambda: AutoAmortizedNormal(model).initialize(pd.Series(X))
+        ValueError, r"torch.tensor\(x.to_numpy\(\)\)", lambda: AutoAmortizedNormal(model).initialize(pd.Series(X))
     )
 
     def of_a_frame(frame):

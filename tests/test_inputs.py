@@ -192,11 +192,13 @@ def test_masked_categories_are_all_zero():
     ("value", "message"),
     [
         (torch.ones(3, 6), r"'x' has 6 features per element of plate 'n'.*with 4.*AutoAmortizedNormal\(model\)"),
+        (torch.ones(4), r"'x' has shape \(4,\), so it lacks an axis.*plate 'n'.*One alone is x.unsqueeze\(0\)"),
+        (torch.ones(2, 3, 4), r"'x' has rows of shape \(3, 4\).*shape \(4,\).*Build a new guide"),
         (torch.ones(3, 2, 2), r"'x' has rows of shape \(2, 2\).*shape \(4,\).*Build a new guide"),
         (torch.ones(2, 4), r"'x' has 2 rows along axis 0, but plate 'n' has 3 elements.*x\[:3\]"),
         ([1, 2], r"'x' is a list.*torch.as_tensor\(x\)"),
     ],
-    ids=["width", "shape", "length", "type"],
+    ids=["width", "one row", "more axes", "shape", "length", "type"],
 )
 def test_arguments_that_do_not_fit_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
