@@ -19,6 +19,7 @@ MOST_LABELS = 100_000
 
 _Columns = tuple[int, ...]
 _Range = tuple[int, int]
+_Factors = dict[str, Tensor]
 
 
 class LabelProbes:
@@ -104,10 +105,10 @@ class LabelProbes:
                 found[group] = min(0, ranges[group][0]), top
         return found
 
-    def _steps(self, name: str, plain: Tensor, base: dict[str, Tensor], places: Tensor, group: _Columns) -> bool | None:
+    def _steps(self, name: str, plain: Tensor, base: list[_Factors], places: Tensor, group: _Columns) -> bool | None:
         """Moves a group of columns by fractions; tells whether it is compared with whole numbers, None if it may be."""
 
-        def moved(fraction: float) -> dict[str, Tensor] | None:
+        def moved(fraction: float) -> list[_Factors] | None:
             return self._run({name: torch.where(_are(places, group), plain + fraction, plain)})
 
         up, further = moved(0.25), moved(0.375)
@@ -147,21 +148,28 @@ class LabelProbes:
             low, high = (middle, high) if runs(middle) else (low, middle)
         return low
 
-    def _run(self, leaves: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Returns the log-factors of a run with other arguments; None if it fails, ``failure`` then says how."""
-        try:
-            with pyro.validation_enabled(False):
-                nodes = self.probes.held.run(leaves=leaves)
-        except Exception as error:
-            self.failure = error
-            return None
-        return {name: nodes[name]["log_prob"] for name in self.probes.factors if name in nodes}
+    def _run(self, leaves: dict[str, Tensor]) -> list[_Factors] | None:
+        """Returns the log-factors at all bases with other arguments; None if the model fails, ``failure`` says how."""
+        found = []
+        for base in self.probes.bases:
+            try:
+                with pyro.validation_enabled(False):
+                    nodes = base.held.run(leaves)
+            except Exception as error:
+                self.failure = error
+                return None
+            found.append({name: nodes[name]["log_prob"] for name in base.factors if name in nodes})
+        return found
 
-    def _same(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        return one.keys() == other.keys() and all(
-            one[name].shape == other[name].shape
-            and torch.allclose(one[name], other[name], rtol=0.0, atol=self.probes.noise, equal_nan=True)
-            for name in one
+    def _same(self, before: list[_Factors], after: list[_Factors]) -> bool:
+        return all(
+            one.keys() == other.keys()
+            and all(
+                one[name].shape == other[name].shape
+                and torch.allclose(one[name], other[name], rtol=0.0, atol=base.noise, equal_nan=True)
+                for name in one
+            )
+            for one, other, base in zip(before, after, self.probes.bases, strict=True)
         )
 
     def _dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.remedies import fitting_axes, instead_of_table
-from pyro_amortize.structure import Labels, Site, Source, Structure
+from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, one_answer, related_to
 
 OWN_DATA = MLP()
@@ -159,9 +159,9 @@ class _Planner:
                 self._refuse_unknown_rows(site)
                 levels = self._presence(sites) if site.name in self.locals else ()
             else:
-                levels, complete = self._levels(name, sites)
+                levels, missing = self._levels(name, sites)
                 reach = self._reach(name, sites)
-                verdict = self.judge.judge(sites, self._together(sites), levels, complete, reach)
+                verdict = self.judge.judge(sites, self._together(sites), levels, missing, reach)
                 constant = isinstance(self._encoder_of(name, sites), Constant)
                 if constant and site.plates:
                     verdict = one_answer(sites, verdict)
@@ -277,16 +277,17 @@ class _Planner:
 
     # What informs them.
 
-    def _levels(self, name: str, sites: list[Site]) -> tuple[tuple[Level, ...], bool]:
-        """Returns the data of a block and their ways, and whether they are all that inform it."""
+    def _levels(self, name: str, sites: list[Site]) -> tuple[tuple[Level, ...], set[str]]:
+        """Returns the data of a block and their ways, and the names of what informs it beside these."""
         target, together = sites[0].plates, self._together(sites)
         related = related_to(together, self.facts)
         rows = [site for n in related if (site := self.facts.sites[n]).observed]
         found = [source for source in self.sources if source.reaches & related]
+        found += [source for source in self._indices(target, together, rows) if source not in found]
         contexts = {frozenset(site.plates) for site in together.values() if site.plates or not site.enumerated}
         contexts -= {frozenset(target)}
         coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
-        chosen, complete, drawn = self._chosen(name, sites), True, self._drawn(sites, together)
+        chosen, missing, drawn = self._chosen(name, sites), set[str](), self._drawn(sites, together)
         if callable(chosen):
             drawn = []
             dims = tuple(self.facts.plates[plate].dim for plate in target)
@@ -297,18 +298,15 @@ class _Planner:
             drawn = [source for source in drawn if source.name in names]
             names = [n for n in names if not any(source.name == n for source in drawn)]
             picked = [self._named_source(target, n, frozenset(related)) for n in names]
-            complete = {s.name for s in found} <= {s.name for s in picked}
+            missing = {s.name for s in found} - {s.name for s in picked}
             found = picked
         if not isinstance(self._encoder_of(name, sites), DeepSets):
             found = [self._whole(source, target, together) for source in found]
-        known = {source.name for source in found}
         found += drawn
-        if chosen is None:
-            found += [source for source in self._indices(target, together, rows) if source.name not in known]
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0], chosen)
-        return levels, complete
+        return levels, missing
 
     def _whole(self, source: Source, target: tuple[str, ...], together: dict[str, Site]) -> Source:
         """Makes plates of data features of a row of the target's, where pooling over them would lose which is which."""
@@ -339,18 +337,12 @@ class _Planner:
         )
 
     def _indices(self, target: tuple[str, ...], together: dict[str, Site], rows: list[Site]) -> list[Source]:
-        """Returns the indices that tell, of data that are to be pooled, to which row of a table each belongs."""
+        """Returns the indices that tell to which row of a table each row of data belongs."""
         related, found = related_to(together, self.facts), list[Source]()
         for link in self.facts.links:
-            pooled = any(
-                set(link.rows) <= set(row.plates) and self.ways.covers(row.plates, target) for row in rows
-            ) and not self.ways.covers(target, {link.to})
-            alone = len(self.facts.shapes[link.argument]) == len(link.rows)
-            if target and pooled and alone and self._holds_table(link.to, target, related):
-                dims = tuple(self.facts.plates[plate].dim for plate in link.rows)
-                labels = Labels(-link.offset, self.facts.plates[link.to].full_size)
-                source = Source(link.argument, link.rows, link.axes, dims, (), frozenset(related), labels=(labels,))
-                found.append(source)
+            there = any(set(link.rows) <= set(row.plates) and self.ways.covers(row.plates, target) for row in rows)
+            if target and there and self._holds_table(link.to, target, related):
+                found += [s for s in self.facts.sources if s.name == link.argument and s.labels and s not in found]
         return found
 
     def _is_by_table(self, site: Site) -> bool:

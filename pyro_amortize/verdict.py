@@ -46,7 +46,7 @@ class Judge:
         sites: list[Site],
         together: dict[str, Site],
         levels: tuple[Level, ...],
-        complete: bool,
+        missing: set[str],
         reach: Reach | None = None,
     ) -> Verdict:
         """Returns the verdict on a block.
@@ -55,10 +55,10 @@ class Judge:
             sites: Its latents.
             together: All local latents whose posteriors depend on each other, these among them.
             levels: The data that its encoder sees.
-            complete: Whether these are all data that were found to inform it.
+            missing: The names of other data that were found to inform it.
             reach: How far it sees beside an element's own data.
         """
-        verdict = self._judged(sites, together, levels, complete, reach)
+        verdict = self._judged(sites, together, levels, missing, reach)
         outer = self._datum(together)[:1]
         return replace(verdict, factorizes=verdict.factorizes and not self.couplings(together) & set(outer))
 
@@ -123,7 +123,7 @@ class Judge:
         sites: list[Site],
         together: dict[str, Site],
         levels: tuple[Level, ...],
-        complete: bool,
+        missing: set[str],
         reach: Reach | None,
     ) -> Verdict:
         related = related_to(together, self.facts)
@@ -135,9 +135,8 @@ class Judge:
         if coupled:
             return coupled
         shown = {source.name for level in levels for source in level.sources}
-        if not complete:
-            missing = sorted({source.name for source in informing} - shown)
-            return Verdict(False, f"inputs leaves out '{missing[0]}', which informs '{sites[0].name}'")
+        if missing:
+            return Verdict(False, f"inputs leaves out '{min(missing)}', which informs '{sites[0].name}'")
         if self.by_function(sites[0]):
             return Verdict(
                 None, f"whether inputs= hands over all data of a row of '{sites[0].name}' is the function's own matter"

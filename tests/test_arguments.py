@@ -152,9 +152,7 @@ def test_data_without_rows_are_named_by_the_guide(guide):
 
 
 def test_data_of_pandas():
-    refused(
-        ValueError, r"torch.tensor\(x.to_numpy\(\)\)", lambda: AutoAmortizedNormal(model).initialize(pd.Series(X))
-    )
+    refused(ValueError, r"torch.tensor\(x.to_numpy\(\)\)", lambda: AutoAmortizedNormal(model).initialize(pd.Series(X)))
 
     def of_a_frame(frame):
         x = torch.tensor(frame["x"].to_numpy())

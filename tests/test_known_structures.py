@@ -405,7 +405,7 @@ def test_the_way_out_of_crossed_indices_is_one_line():
     args = (X, *INDICES)
     assert "encoder={'items': Table()}, leaves 'u' to amortize" in plan_amortization(effects, *args).verdict.reason
     guide = AutoAmortizedNormal(effects, encoder={"items": Table()})
-    guide.initialize(*args)
+    fit_svi(effects, guide, *args, num_steps=3, progress=False)  # features of labels start at zero
     assert (guide.plan.block_of("u").inputs, guide.plan.block_of("u").features) == (("y", "item"), 1 + 3)
     assert guide.plan.verdict.closable is True
     for parameter in guide.parameters():

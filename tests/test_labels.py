@@ -161,6 +161,28 @@ def test_an_index_of_groups_is_a_label_where_the_model_knows_more_of_a_group():
     assert (set(knowing.blocks[0].inputs), knowing.verdict.closable) == ({"y", "g"}, True)
 
 
+@pytest.mark.parametrize("rows", [len(LABEL), 7], ids=["all", "minibatch"])
+def test_an_index_into_a_table_is_a_label(rows):
+    """Given the groups' latents, those of a row depend on which group it is of; groups of minibatches have a table."""
+
+    def model(y, g):
+        with pyro.plate("groups", COUNT):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("d", len(LABEL), subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a[..., g] + z, 1.0), obs=y)
+
+    guide = AutoAmortizedNormal(model, encoder={"a": Table()} if rows == len(LABEL) else None)
+    guide.initialize(Y[:rows], LABEL[:rows])
+    groups, rows_ = guide.plan.blocks
+    assert not groups.amortized
+    assert rows_.inputs == ("y", "g")
+    assert guide.plan.verdict.closable is True
+    guide = AutoAmortizedNormal(model, encoder={"a": Table()}, inputs={"z": "y"})
+    guide.initialize(Y[:rows], LABEL[:rows])
+    assert "inputs leaves out 'g', which informs 'z'" in guide.plan.verdict.reason
+
+
 # What the encoder makes of them.
 
 
