@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_amortize.bars import progress_bar
+
 ROUNDS = 4
 """Short pilots, each of which fits the start of the next; one of the same cost leaves twice the spread in 50-d."""
 SCOUTS = 64
@@ -114,7 +116,7 @@ def annealed_log_weights(
     start = _Start(log_p, loc, torch.diag_embed(scale) if scale_tril is None else scale_tril)
     long, short = _sigmoid(num_temperatures), _sigmoid(math.ceil(num_temperatures / ROUNDS))
     total = ROUNDS * (len(short) - 1) + 2 * (len(long) - 1)
-    with torch.no_grad(), tqdm(total=total, desc="Annealing", disable=not progress) as bar:
+    with torch.no_grad(), progress_bar(total=total, desc="Annealing", shown=progress) as bar:
         for _ in range(ROUNDS):
             found = _anneal(start, SCOUTS, short, _first_steps(short, loc), num_leapfrog, GAIN, bar)
             start = _fitted(start, found.at.z, found.log_weights.isfinite())

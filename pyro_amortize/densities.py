@@ -17,8 +17,8 @@ from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.missing import refuse_nan
@@ -243,7 +243,7 @@ class Evaluation:
         chunk = max(1, min(num_draws, CHUNK // max(self.size, 1))) if self.vectorized else 1
         pyro.set_rng_seed(seed)
         counts = [min(chunk, num_draws - start) for start in range(0, num_draws, chunk)]
-        bar = tqdm(counts, desc=title, unit_scale=chunk, unit="draws", disable=title is None)
+        bar = progress_bar(counts, desc=title, unit_scale=chunk, unit="draws", shown=title is not None)
         with pyro.validation_enabled(False):  # the runs before have shown that the model is sound
             pieces = [self._run(plate, count if self.vectorized else None) for count in bar]
         log_p, log_q = (torch.cat(columns) for columns in zip(*pieces, strict=True))

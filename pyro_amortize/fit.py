@@ -15,9 +15,9 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim.optim import PyroOptim
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_amortize.arguments import check_pair, named
+from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Model
 from pyro_amortize.convergence import Drift, by_losses
 from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
@@ -199,7 +199,7 @@ def train(
         steps = Steps(model, guide, loss, options, held, train_model)
         rates = [decay(step, options.num_steps) for step in range(options.num_steps)]
         losses, drift = [], Drift(rates)
-        bar = tqdm(range(options.num_steps), desc=title, disable=not options.progress)
+        bar = progress_bar(range(options.num_steps), desc=title, shown=options.progress)
         for step in bar:
             with batches.next() as batch:
                 losses.append(steps.take(step, *batch))

@@ -14,10 +14,10 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import ExpTransform
-from tqdm import tqdm
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.answers import Joined
+from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Model
 from pyro_amortize.fit import seeded
 from pyro_amortize.guides import AutoAmortized
@@ -57,7 +57,7 @@ def against_mcmc(
         A frame with index ``method``, ``site`` and the columns that :func:`_compared` describes; and the latents of
         the guides of which MCMC has no draws.
     """
-    bar = tqdm(draws.items(), desc="moments of MCMC", disable=not progress)
+    bar = progress_bar(draws.items(), desc="moments of MCMC", shown=progress)
     truth = {name: _of_draws(value) for name, value in bar}
     rows, left_out = {}, {}
     for label, guide in guides.items():
@@ -134,7 +134,7 @@ def _of_written(
     values: dict[str, list[Tensor]] = {}
     others: dict[str, None] = {}
     with seeded(seed), preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
-        for _ in tqdm(range(num_draws), desc=title, disable=not progress):
+        for _ in progress_bar(range(num_draws), desc=title, shown=progress):
             for name, site in poutine.trace(guide).get_trace(*args, **kwargs).iter_stochastic_nodes():
                 if site_is_subsample(site) or site["infer"].get("is_auxiliary"):
                     continue

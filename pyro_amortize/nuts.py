@@ -15,8 +15,8 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_amortize.bars import progress_bar, watched
 from pyro_amortize.capture import Graph, Uncapturable, record
 from pyro_amortize.unconstrained import LogDensity
 
@@ -69,8 +69,13 @@ def pyro_chain(target: Target, seed: int) -> Chain:
             target_accept_prob=target.target_accept_prob,
             max_tree_depth=target.max_tree_depth,
         )
+        shown = target.progress and watched()
         mcmc = MCMC(
-            kernel, target.num_samples, target.warmup_steps, initial_params=start, disable_progbar=not target.progress
+            kernel,
+            target.num_samples,
+            target.warmup_steps,
+            initial_params=start,
+            disable_progbar=not shown,
         )
         mcmc.run()
     diverging = torch.zeros(target.num_samples, dtype=torch.bool)
@@ -141,7 +146,7 @@ class NutpieChains:
                 errors.append(error)
             return math.nan, np.zeros_like(vector)  # a divergence
 
-        with tqdm(total=self._target.num_steps, desc="nutpie", disable=not self._target.progress) as bar:
+        with progress_bar(total=self._target.num_steps, desc="nutpie", shown=self._target.progress) as bar:
 
             def drawn(vector: np.ndarray) -> dict[str, np.ndarray]:
                 bar.update()

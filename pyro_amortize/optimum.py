@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_amortize.arguments import check_pair, named
+from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.encoders import Table
@@ -173,7 +173,7 @@ def search(joint: LocalJoint, options: Options, num_particles: int | None = None
     parts = torch.arange(joint.num_rows, device=joint.loc.device).split(at_once)
     starts = [(joint.loc, joint.scale), joint.prior_moments()]
     total = len(parts) * (len(starts) * options.num_steps + _half(options.num_steps))
-    with tqdm(total=total, desc="optimum", disable=not options.progress) as bar:
+    with progress_bar(total=total, desc="optimum", shown=options.progress) as bar:
         found = [
             _search(joint, rows, [(loc[rows], scale[rows]) for loc, scale in starts], options, bar) for rows in parts
         ]

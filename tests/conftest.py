@@ -46,3 +46,10 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Has what is printed taken for shown on a terminal."""
+    monkeypatch.setattr("pyro_amortize.bars.watched", lambda: True)
+    monkeypatch.setattr("pyro_amortize.nuts.watched", lambda: True)

@@ -236,7 +236,7 @@ def test_error_names_the_shape_of_log_p():
         annealed_log_weights(torch.square, torch.zeros(2, 3), torch.ones(2, 3))
 
 
-def test_progress_is_shown_on_demand_only(capsys):
+def test_progress_is_shown_on_demand_only(capsys, terminal):
     for progress in (False, True):
         annealed_log_weights(
             isotropic, torch.zeros(1, 1), torch.ones(1, 1), num_temperatures=4, num_chains=2, progress=progress

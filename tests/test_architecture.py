@@ -10,7 +10,7 @@ import pyro_amortize
 PACKAGE = Path(pyro_amortize.__file__).parent
 ORDER = [
     # A module imports only from lines above its own.
-    {"calls"},
+    {"bars", "calls"},
     {
         "annealing",
         "convergence",

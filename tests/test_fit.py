@@ -310,7 +310,7 @@ class TestOptions:
         fit = fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, num_steps=5, optim=sgd, loss=loss, progress=False)
         assert fit.losses.isfinite().all()
 
-    def test_progress_shows_the_loss(self, capsys):
+    def test_progress_shows_the_loss(self, capsys, terminal):
         fit_svi(sliced, AutoAmortizedNormal(sliced), DATA, num_steps=3)
         assert "loss" in capsys.readouterr().err
 

@@ -282,7 +282,7 @@ class TestEngine:
             run_mcmc(normal, X, **OPTIONS | SHORT)
 
     @pytest.mark.parametrize("progress", [False, True])
-    def test_progress(self, capfd, progress):
+    def test_progress(self, capfd, terminal, progress):
         run_mcmc(normal, X, **OPTIONS | SHORT | {"progress": progress})
         printed = capfd.readouterr()
         assert printed.out == ""
