@@ -154,10 +154,14 @@ class TestMeanFieldFromAGuide:
         theta = pyro.sample("theta", dist.Normal(0.0, 5.0))
         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
         shift = pyro.sample("shift", dist.Uniform(-1.0, 2.0))
+        factor = pyro.sample("factor", dist.LKJCholesky(2, 1.0))
+        ordered = dist.transforms.OrderedTransform()
+        cuts = pyro.sample("cuts", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), ordered))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(theta, 1.0).expand([2]).to_event(1))
             rate = pyro.sample("rate", dist.LogNormal(0.0, 0.5))
-            pyro.sample("x", dist.Normal(z * rate[..., None] + weights[0] + shift, 1.0).to_event(1), obs=x)
+            loc = z * rate[..., None] + weights[0] + shift + cuts
+            pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=factor), obs=x)
 
     @pytest.mark.parametrize("make", [AutoAmortizedNormal, AutoNormal], ids=["generated", "AutoNormal"])
     def test_starts_from_its_answer_globals_included(self, make):
