@@ -157,7 +157,7 @@ class _Search:
                 return
             except Exception as error:
                 errors.append(error)
-        for held in places(self.model, self.call) if errors else ():
+        for held in places(self.model, self.call, view=self.view) if errors else ():
             with suppress(Exception):
                 held.run()
                 return

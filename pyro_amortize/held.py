@@ -128,7 +128,7 @@ class HeldRun(Messenger):
         """Draws other values for the latents; those of a loop's sites are merged as the sites are."""
         pyro.set_rng_seed(1)
         nodes = dict(self.nodes)
-        for name, value in self.values.items():
+        for name, value in ((name, value) for name, value in self.values.items() if name in nodes):
             nodes[name] = {**nodes[name], "value": another_value(nodes[name], value, self.draw)}
         return {n: s["value"] for n, s in merged(nodes, self.families, self.loops).items() if s["type"] == "sample"}
 
