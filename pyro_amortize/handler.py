@@ -27,6 +27,7 @@ from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Carried, Known
 from pyro_amortize.changes import refuse_changed, refuse_lost
 from pyro_amortize.encoders import Heads, Rows, in_pieces
+from pyro_amortize.groups import refuse_more_groups, refuse_other_groups, refuse_other_shape
 from pyro_amortize.held import is_index
 from pyro_amortize.layout import lengthened, of_turn, placed, without_axes
 from pyro_amortize.masks import PriorAlone, PriorWithoutData, under_masks
@@ -98,6 +99,7 @@ class GuidedRun(Messenger):
         self._new_rows: dict[str, str] = {}
         self._looks_for_masks = False
         self._beyond: set[str] = set()
+        self._partial: set[str] = set()
         self._inside = False
 
     def sample(self) -> dict[str, Tensor]:
@@ -121,6 +123,8 @@ class GuidedRun(Messenger):
             self._exit_after = frozenset()
         self._uninformed.warn(self._kind_of_call(), self.guide._warned)
         if self._exit_after is None:
+            if self.known is None:
+                refuse_other_groups(type(self.guide).__name__, self.plan.groups, self.values, self._partial)
             self._learn_sites()
         if self._exit_after is None and not self._looks_for_masks:
             self.learn_exit(set(self.values))
@@ -208,11 +212,7 @@ class GuidedRun(Messenger):
             self._subsample(msg)
             return
         if msg["is_observed"]:
-            msg["stop"] = True
-            self._refuse_other_turns(name)
-            self._refuse_new_rows(msg)
-            self._refuse_new_mask(msg)
-            self.reader.drawn[name] = msg["value"]
+            self._see_data(msg)
             return
         if name in self._ahead:
             self._take_drawn(msg)
@@ -232,12 +232,15 @@ class GuidedRun(Messenger):
             if is_enumerated(msg):  # its value says nothing but shapes
                 return
             if site not in self.plan.observed and site not in self.plan.foreign:
+                refuse_more_groups(type(self.guide).__name__, self.plan.groups, name)
                 raise RuntimeError(
                     f"{type(self.guide).__name__}: latent site '{name}' was not there when the guide was initialized, "
                     f"so nothing guides it. Build a new guide and initialize it by a call that reaches '{name}'; a "
                     f"loop whose length may change is recognized from two turns on."
                 )
             return
+        if any(not frame.vectorized and frame.size < (frame.full_size or 0) for frame in msg["cond_indep_stack"]):
+            self._partial.add(name)
         if block is not None and self._exit_after is None:
             refuse_changed(type(self.guide).__name__, msg, block, block.sites.index(site), turn)
         parameters = self._block_parameters(block, msg) if block else None
@@ -295,6 +298,16 @@ class GuidedRun(Messenger):
                 raise _Done
         elif self._is_guided(name):  # conditioned from outside
             self.values[name] = self.reader.drawn[name] = msg["value"]
+
+    def _see_data(self, msg: Any) -> None:
+        """Refuses data that the guide cannot answer for, and hides them from outside."""
+        name, msg["stop"] = msg["name"], True
+        self._refuse_other_turns(name)
+        self._refuse_new_rows(msg)
+        self._refuse_new_mask(msg)
+        if self.known is None:
+            refuse_other_shape(type(self.guide).__name__, self.plan.groups, name, tuple(msg["value"].shape))
+        self.reader.drawn[name] = msg["value"]
 
     def _is_guided(self, name: str) -> bool:
         return self.plan.block_of(name) is not None or self.plan.turn_of(name)[0] in self.plan.left_to_model

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pyro_amortize.groups import Groups
 from pyro_amortize.levels import Level
 from pyro_amortize.structure import Family, Labels, Link, Source
 
@@ -132,6 +133,7 @@ class AmortizationPlan:
         rows: For each plate the arguments that have an axis for it.
         same: Plates whose elements are those of others, and which.
         events: Observed events that have rows in a plate, and their axis, from the right.
+        groups: Latents with tables that groups have each, and the shapes of their groups' own observed values.
         unmasked: Latents whose prior is masked where data depend on them all the same, so that q is not.
         idle: Latents on which nothing depends where their prior is masked, so that q is masked there, too.
         enumerated: Discrete latents that the model marks to be summed out, as ``TraceEnum_ELBO`` does.
@@ -157,6 +159,7 @@ class AmortizationPlan:
     moving: tuple[str, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
 
     def turn_of(self, site: str) -> tuple[str, dict[str, int]]:
         """Returns a site's name in the plan, and for each loop that numbers it which of its turns the site is of."""
@@ -232,7 +235,8 @@ class AmortizationPlan:
         masks = {site: source and _source(source) for site, source in code["masks"].items()}
         families = tuple(Family(**_tuples(family)) for family in code["families"])
         verdict = Verdict(**code["verdict"])
-        rest = {"blocks": tuple(blocks), "verdict": verdict, "masks": masks, "families": families}
+        groups = {name: {site: tuple(shape) for site, shape in own.items()} for name, own in code["groups"].items()}
+        rest = {"groups": groups, "blocks": tuple(blocks), "verdict": verdict, "masks": masks, "families": families}
         return cls(**{**_tuples(code), **rest})
 
     def __str__(self) -> str:

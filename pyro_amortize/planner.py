@@ -14,6 +14,7 @@ from pyro_amortize.arguments import refuse_guide, with_rows
 from pyro_amortize.calls import Model
 from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
+from pyro_amortize.groups import groups_apart
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
@@ -188,6 +189,7 @@ class _Planner:
             tuple(site.name for site in self.latents if site.moving),
             dict(self.facts.same),
             dict(self.facts.events),
+            groups_apart(self.facts, [site for site in self.latents if site.name not in self.locals]),
         )
 
     def _rows_of(self, plate: str) -> dict[str, int]:

@@ -39,7 +39,7 @@ ORDER = [
         "capture",
         "subsamples",
     },
-    {"elbos", "unconstrained", "draws"},
+    {"groups", "elbos", "unconstrained", "draws"},
     {"nuts", "held", "elements"},
     {"probes"},
     {"labels", "latents", "sources", "bases"},
