@@ -158,7 +158,10 @@ def _structure(probes: Probes) -> Structure:
     links = tuple(probes.links)
     families = probes.families
     facts = Structure(sites, probes.plates, tuple(sources), links, families, hidden, indistinct, params, shapes, empty)
-    facts = replace(facts, parameters=tuple(probes.held.call.parameters), carried=data.carried())
+    placed = [set(source.plates) for source in sources]
+    lacking = any(site.plates and not any(set(site.plates) <= plates for plates in placed) for site in facts.latents)
+    carried = data.carried() | (data.shifted() if lacking else {})
+    facts = replace(facts, parameters=tuple(probes.held.call.parameters), carried=carried)
     facts = replace(facts, same=probes.held.view.same, events=probes.held.view.events)
     return _with_unseen(_with_elements(facts, latents), probes.unseen)
 

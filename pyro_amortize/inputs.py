@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -247,7 +247,7 @@ class Present:
     indices: Any = None
 
 
-def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Tensor:
+def pick_cells(source: Source, value: Any, plates: Mapping[str, Present], longer: Container[str] = ()) -> Tensor:
     """Returns the cells of an argument that belong to the present elements of plates.
 
     Along a plate, an argument as long as the subsample is used as it stands; one of the full size is indexed. It is
@@ -257,6 +257,7 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Ten
         source: Where the argument's cells are.
         value: The argument.
         plates: The present elements.
+        longer: Plates that may have more elements than data.
 
     Returns:
         Shape (*plates, *shape of one cell).
@@ -295,7 +296,7 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present]) -> Ten
         length = cells.shape[axis]
         if length == now.full_size and (now.size < length or name in source.indexed) and now.indices is not None:
             cells = cells.index_select(axis, torch.as_tensor(now.indices, device=cells.device))
-        elif length != now.size:
+        elif length != now.size and not (name in longer and length < now.size):
             raise ValueError(
                 f"AutoAmortized: argument '{source.name}' has {length} rows along axis {source.axes[axis]}, but plate "
                 f"'{name}' has {now.size} elements in this call. Pass data arguments of equal length: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyro_amortize.groups import groups_apart
 from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
-from pyro_amortize.remedies import fitting_axes, instead_of_table
+from pyro_amortize.remedies import fitting_argument, fitting_axes, instead_of_table
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, one_answer, related_to
 
@@ -144,6 +145,7 @@ class _Planner:
             for site in self.latents
             if self._is_encoded_global(site) or self._is_start(site) or self._is_local(site)
         }
+        self.locals |= self._taken_at_their_word()
         self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
         self.judge = Judge(facts, self.ways, self.sources, self._is_by_table, self._is_by_function)
 
@@ -222,6 +224,23 @@ class _Planner:
 
     def _has_table(self, site: Site) -> bool:
         return site.foreign or bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
+
+    def _taken_at_their_word(self) -> dict[str, Site]:
+        """Finds data for latents that are to have encoders by name, though their rows do not tell whom they inform."""
+        found: dict[str, Site] = {}
+        named = self.encoder if isinstance(self.encoder, dict) and isinstance(self.inputs, dict | None) else {}
+        for site in self.latents:
+            wanted = site.name in named and site.plates and not self._has_table(site) and site.name not in self.locals
+            argument = fitting_argument(site, self.facts) if wanted else None
+            if argument is not None:
+                self.inputs = {**(self.inputs or {}), site.name: argument}
+                found[site.name] = site
+                warnings.warn(
+                    f"plan_amortization: row k of '{argument}' is taken to inform element k of '{site.name}', as there "
+                    f"are as many. Say so, inputs={{'{site.name}': '{argument}'}}, or what else does.",
+                    stacklevel=2,
+                )
+        return found
 
     def _is_local(self, site: Site) -> bool:
         """Whether rows of data, all of them in the call, belong to single elements of the site."""

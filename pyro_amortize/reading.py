@@ -238,7 +238,7 @@ class Reader:
                 return None
             return self._picked(source, node["value"], len(node["fn"].event_shape), plates)
         argument = self._argument(source)
-        return None if argument is None else pick_cells(source, argument, plates)
+        return None if argument is None else pick_cells(source, argument, plates, block.couples)
 
     def _drawn_cells(self, source: Source, around: dict[str, Plate]) -> Tensor | None:
         """Returns the values of a latent drawn before, as cells; values side by side keep their place to the left."""

@@ -18,7 +18,7 @@ def instead_of_table(site: Site, facts: Structure, is_local: bool) -> str:
         return f"use an encoder: {guide})"
     plates = "/".join(site.plates)
     none = f"no rows of data were found of which each informs one element of '{site.name}' (plate '{plates}')"
-    argument, design = _argument(site, facts), _design(site, facts)
+    argument, design = fitting_argument(site, facts), _design(site, facts)
     if argument is not None:
         return f"{none}; if those of '{argument}' do, say so: {guide}, inputs={{'{site.name}': '{argument}'}})"
     if design is not None:
@@ -42,7 +42,7 @@ def fitting_axes(name: str, target: tuple[str, ...], facts: Structure) -> tuple[
     return tuple(axes) if shape else None
 
 
-def _argument(site: Site, facts: Structure) -> str | None:
+def fitting_argument(site: Site, facts: Structure) -> str | None:
     """Finds an argument that is observed where a latent informs it, as one event, with a row for each element."""
     placed = {source.name for source in facts.sources}
     for name in facts.carried:

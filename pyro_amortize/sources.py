@@ -293,6 +293,22 @@ class SourceProbes:
         }
         return {argument: sites for argument, sites in found.items() if sites}
 
+    def shifted(self) -> dict[str, frozenset[str]]:
+        """Returns the arguments that move the values of observed sites one for one, as ``obs=data - f`` does."""
+        found = {}
+        for argument, leaf in self.probes.held.call.tensors.items():
+            moved = leaf.is_floating_point() and leaf.numel() and self.probes.changed(leaves={argument: leaf + 1})
+            members = list(self.probes.factors) if moved else []
+            found[argument] = frozenset(name for name in members if self._is_shifted(name, leaf))
+        return {argument: sites for argument, sites in found.items() if sites}
+
+    def _is_shifted(self, name: str, leaf: Tensor) -> bool:
+        site = self.probes.factors[name]
+        if not site["is_observed"] or name not in self.probes.last or site["value"].numel() != leaf.numel():
+            return False
+        by = self.probes.last[name]["value"] - site["value"]
+        return bool(((by - 1).abs() < 1e-3).all())
+
     def _feeds_equal_rows(self, leaf: Tensor, name: str) -> bool:
         value = self.probes.factors[name]["value"]
         return self.probes.factors[name]["is_observed"] and bool((value.flatten()[:1] == leaf.flatten()[:1]).all())

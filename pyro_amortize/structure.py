@@ -252,7 +252,8 @@ class Structure:
         parameters: The names of all arguments.
         same: Plates whose elements are those of others, and which; these are not in ``plates``.
         events: Observed events that have rows in a plate, and their axis, from the right.
-        carried: Arguments that are the values of observed sites, and which.
+        carried: Arguments that are the values of observed sites, or differ from them by what the model subtracts, and
+            which.
         part: The rows that were examined, if not all; the sizes of plates and ``shapes`` are those of all.
     """
 

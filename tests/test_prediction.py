@@ -312,13 +312,18 @@ class Walk(ForecastingModel):
         self.predict(dist.Normal(torch.zeros(1), 0.3).to_event(1), drift.cumsum(-2))
 
 
-@pytest.mark.parametrize("encoder", [None, {"drift": MLP((4,))}], ids=["table", "encoder"])
-def test_forecasts_of_pyros_forecaster(encoder):
+ENCODED = {"encoder": {"drift": MLP((4,))}, "inputs": {"drift": "data"}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, ENCODED, {**ENCODED, "inputs": {"drift": lambda data, covariates: data}}],
+    ids=["table", "argument", "function"],
+)
+def test_forecasts_of_pyros_forecaster(options):
     data, covariates, model = torch.randn(12, 1).cumsum(0), torch.zeros(15, 0), Walk()
-    inputs = encoder and {"drift": lambda data, covariates: data}
-    guide = AutoAmortizedNormal(model, encoder=encoder, inputs=inputs)
-    options = {"num_steps": 1, "log_every": 0}
-    forecaster = Forecaster(model, data, covariates[:12], guide=guide, **options)
+    guide = AutoAmortizedNormal(model, **options)
+    forecaster = Forecaster(model, data, covariates[:12], guide=guide, num_steps=1, log_every=0)
     draws = forecaster(data, covariates, num_samples=NUM)
     assert draws.shape == (NUM, 3, 1)
     known, whole = (guide.posterior(data, covariates[:n]) for n in (12, 15))
@@ -328,9 +333,16 @@ def test_forecasts_of_pyros_forecaster(encoder):
     torch.testing.assert_close(whole.stddev["drift"][12:], step.expand(3, 1))
     end = known.mean["drift"].sum()
     assert abs(draws[:, 2].mean() - end) < 5 * draws[:, 2].std() / NUM**0.5
-    if encoder is None:  # other rows are no forecasts
+    if not options:  # other rows are no forecasts
         with pytest.raises(ValueError, match="'drift' has a table with a row for each of the 12 elements"):
             guide.posterior(torch.randn(15, 1), covariates)
+
+
+def test_an_encoder_by_name_takes_the_only_data_that_have_a_row_for_each_element():
+    guide = AutoAmortizedNormal(Walk(), encoder={"drift": MLP((4,))})
+    with pytest.warns(UserWarning, match=r"row k of 'data' is taken to inform element k of 'drift'.*inputs={'drift': "):
+        guide.initialize(torch.randn(12, 1).cumsum(0), torch.zeros(12, 0))
+    assert guide.plan.block_of("drift").inputs == ("data",)
 
 
 def test_an_event_cannot_grow():

@@ -58,8 +58,12 @@ def test_the_way_from_a_table_to_an_encoder(model, args, others):
     assert not guide.plan.block_of(site).amortized
     new_rows = refusal(guide.posterior, *others)
     assert "A table cannot answer for new rows; no rows of data were found" in new_rows
-    asked = refusal(AutoAmortizedNormal(model, encoder={site: MLP()}).initialize, *args)
-    for message in (new_rows, asked):
+    encoded = AutoAmortizedNormal(model, encoder={site: MLP()})
+    if model is joint:  # which argument has a row for each element is plain, and taken at that
+        with pytest.warns(UserWarning, match="'y' is taken to inform element k of 'e'.*inputs={'e': 'y'}"):
+            encoded.initialize(*args)
+        assert encoded.plan.block_of(site).amortized
+    for message in (new_rows,) if model is joint else (new_rows, refusal(encoded.initialize, *args)):
         other = pasted(message, model)
         other.initialize(*args)
         assert other.plan.block_of(site).amortized
