@@ -14,6 +14,9 @@ from pyro_amortize.missing import has_nan, present_entries, takes_nan
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Plate, Source
 
+PAIRS = 3
+"""How often a row of an argument is written over another."""
+
 
 @dataclass(frozen=True)
 class _Claim:
@@ -177,14 +180,15 @@ class SourceProbes:
         matter = self._rows_that_matter(name, leaf, axis, plate, related) if differs else torch.arange(plate.size)
         touched |= self._values_moved(members) if differs else set()
         targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
-        for target, origin in _distinct_pairs(rows, targets):
+        tried = failed = 0
+        for target, origin in _distinct_pairs(rows, targets, count=4 * PAIRS):
             copy = leaf.clone()
             copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else _another(rows[target])
             moved = self.probes.changed(leaves={name: copy})
-            if moved is None:
-                reaches |= set(members)
-                couples = True
+            if moved is None:  # as where a row that a mask covers holds what no other may
+                failed += 1
                 continue
+            tried += 1
             touched |= self._values_moved(members)
             offsets.append(set())
             for site in related:
@@ -203,6 +207,10 @@ class SourceProbes:
             if any(bool(m.any()) for n, m in moved.items() if n not in related):
                 couples = couples or bool(reaches)
             swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
+            if tried == PAIRS:
+                break
+        if failed and not tried:
+            reaches, couples = set(members), True
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
         if not reaches or (everywhere and not swaps and plate.size > 2) or self._is_of_one_element(total, plate, rows):
             return None, differs, touched
@@ -319,7 +327,7 @@ class SourceProbes:
         for name in members:
             site = self.probes.factors[name]
             if site["is_observed"]:
-                before, after = site["value"], self.probes.last[name]["value"]
+                before, after = site["value"], self.probes.last.get(name, site)["value"]
                 same = before.shape == after.shape and torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))
                 moved |= set() if same else {name}
         return moved
@@ -486,7 +494,7 @@ def _row_over(value: Tensor, axis: int, target: int, origin: int, radius: int) -
     return copy
 
 
-def _distinct_pairs(rows: Tensor, targets: list[int], count: int = 3) -> Iterator[tuple[int, int | None]]:
+def _distinct_pairs(rows: Tensor, targets: list[int], count: int = PAIRS) -> Iterator[tuple[int, int | None]]:
     """Yields up to ``count`` pairs (target, origin) of rows that differ.
 
     Where all rows are equal the origin is None: the target is to be changed as :func:`_another` does, if it can be.

@@ -206,3 +206,24 @@ def test_a_mask_that_is_false_needs_no_values():
 
     plan = plan_amortization(model, torch.randn(8), torch.full((8,), NAN))
     assert plan.block_of("z").inputs == ("x",)
+
+
+@pytest.mark.parametrize("first", ["labels", "padded labels"])
+def test_labels_that_are_none_under_a_mask(first):
+    """-1 where a label is missing: no other row may hold it."""
+
+    def model(y, mask):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+            with poutine.mask(mask=mask):
+                pyro.sample("y", dist.Categorical(logits=z), obs=torch.where(mask, y, 0))
+
+    y, mask = torch.randint(3, (20,)), torch.rand(20) < 0.4
+    padded = torch.where(mask, y, -1)
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(y if first == "labels" else padded, mask)
+    assert guide.plan.verdict.closable
+    assert guide.plan.block_of("z").inputs == ("y",)
+    answer = guide.posterior(padded, mask)
+    assert torch.equal((answer.stddev["z"] == 2.0).all(-1), ~mask)
+    assert torch.equal(answer.mean["z"], guide.posterior(y, mask).mean["z"])
