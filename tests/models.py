@@ -273,6 +273,16 @@ def covariates_in_likelihood(c, y, unused):
         pyro.sample("y", dist.Normal(z * c, 1.0), obs=y)
 
 
+LEVELS = torch.tensor([-2.0, 0.0, 1.0, 3.0, 5.0])
+
+
+@zoo(lambda rows: ((base(1)[rows], rows % 5), {}), {"z": {"y", "site"}})
+def labels(y, site):
+    with pyro.plate("n", len(y)):
+        z = pyro.sample("z", dist.Normal(LEVELS.to(y)[site], 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 @zoo(
     lambda rows: (({"x": base(1)[rows], "parts": [base(4, 2)[rows], 0.5]},), {}),
     {"z": {"batch['x']", "batch['parts'][0]"}},
