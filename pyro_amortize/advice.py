@@ -22,6 +22,7 @@ def advise(
     lacking: Mapping[str, str],
     correlated: float | None,
     generalization: pd.DataFrame | None,
+    widths: Mapping[str, int],
 ) -> list[str]:
     """Says what to do about each gap that matters, the largest first; nothing where all is well.
 
@@ -32,6 +33,7 @@ def advise(
         lacking: What the encoder of a block does not see.
         correlated: Nats a datum of the approximation gap that are due to correlations within a datum.
         generalization: As of :class:`~pyro_amortize.gap.GapReport`.
+        widths: How wide the encoder of a block is, where that is known.
     """
     found: list[tuple[float, str]] = []
     whole = per_row.loc["inference_gap", "total"] if "inference_gap" in per_row.index else None
@@ -43,7 +45,12 @@ def advise(
 
     if "amortization_gap" in per_row.index:
         for name, (gap, se) in blocks.iterrows():
-            add(gap, se, f"the encoder of '{name}' loses", _for_encoder(name, plan, lacking, per_row))
+            add(
+                gap,
+                se,
+                f"the encoder of '{name}' loses",
+                _for_encoder(name, plan, lacking, per_row, widths.get(name, 0)),
+            )
     if "approximation_gap" in per_row.index:
         gap, se = per_row.loc["approximation_gap", ["total", "total_se"]]
         add(gap, se, "independent normals lose, whatever the encoder,", _for_family(gap, correlated))
@@ -59,7 +66,9 @@ def advise(
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _for_encoder(name: str, plan: AmortizationPlan, lacking: Mapping[str, str], per_row: pd.DataFrame) -> str:
+def _for_encoder(
+    name: str, plan: AmortizationPlan, lacking: Mapping[str, str], per_row: pd.DataFrame, width: int
+) -> str:
     """Says what narrows an amortization gap: inputs that lack, the structure, or training."""
     gap, se = per_row.loc["conditioning_gap", ["total", "total_se"]] if name in lacking else (0.0, 0.0)
     if gap > ERRORS * se:
@@ -71,7 +80,11 @@ def _for_encoder(name: str, plan: AmortizationPlan, lacking: Mapping[str, str], 
     if closable is False:
         return f"no encoder of these inputs closes it all: {plan.verdict.reason}"
     lets = "the model's structure lets it vanish; " if closable else ""
-    return f"{lets}train longer, and if that gains no more, take a wider encoder: encoder={{'{name}': MLP((256, 256))}}"
+    wider = max(256, 2 * width)
+    return (
+        f"{lets}train longer, and if that gains no more, take a wider encoder: "
+        f"encoder={{'{name}': MLP(({wider}, {wider}))}}"
+    )
 
 
 def _for_family(gap: float, correlated: float | None) -> str:

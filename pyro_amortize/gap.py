@@ -20,6 +20,7 @@ from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
 from pyro_amortize.doubts import SLACK
+from pyro_amortize.encoders import widest
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
 from pyro_amortize.evidence import Evidence, Posterior, annealed_evidence, estimate_evidence, improved_evidence
 from pyro_amortize.fit import SVIFit, seeded
@@ -396,6 +397,7 @@ class _Measure:
             {} if lacking is None else lacking.lacking,
             found[0].correlated,
             between,
+            _widths(self.guide),
         )
         return GapReport(
             per_datum=per_datum,
@@ -418,6 +420,13 @@ class _Measure:
 
 def _stacked(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([held[name] for held in values]) for name in values[0]}
+
+
+def _widths(guide: Any) -> dict[str, int]:
+    """Returns how wide the encoder of each block is, of a generated guide."""
+    plan: AmortizationPlan | None = getattr(guide, "plan", None)
+    blocks = [block for block in plan.blocks if block.amortized] if plan else []
+    return {block.name: widest(getattr(guide.coder_of(block), "trunk", None)) for block in blocks}
 
 
 def _with_spread(table: pd.DataFrame, found: list[_Found]) -> pd.DataFrame:
