@@ -16,7 +16,7 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
-from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
 
 def support_of(fn: Any) -> Any:
@@ -128,6 +128,8 @@ def _onto(site: Any, fn: Any) -> Transform:
         ) from None
     if support is constraints.positive or support is constraints.nonnegative:
         return ExpTransform(cache_size=1)
+    if type(support) is type(constraints.unit_interval) and _may_be_open(fn, support):
+        return ToInterval(torch.as_tensor(support.lower_bound), torch.as_tensor(support.upper_bound), cache_size=1)
     try:
         with helpful_support_errors(site):
             transform = biject_to(support)
@@ -140,6 +142,47 @@ def _onto(site: Any, fn: Any) -> Transform:
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return transform.with_cache(1)
+
+
+def _may_be_open(fn: Any, support: Any) -> bool:
+    """Tells whether an interval may have no end for some elements, as that of a ``GeneralizedPareto``."""
+    high = support.upper_bound
+    return not isinstance(fn, torch.distributions.Uniform) if isinstance(high, Tensor) else math.isinf(high)
+
+
+class ToInterval(Transform):
+    """From the reals to intervals, by the sigmoid where these end, and by ``exp`` where they do not.
+
+    Args:
+        low: Where they begin.
+        high: Where they end; infinite where they do not.
+    """
+
+    domain = constraints.real
+    bijective = True
+    sign = 1
+
+    def __init__(self, low: Tensor, high: Tensor, cache_size: int = 0) -> None:
+        super().__init__(cache_size)
+        self.low, self.high = low, high
+        self.codomain = constraints.interval(low, high)
+        self._ends = high.isfinite()
+        self._width = torch.where(self._ends, high - low, 1.0)
+
+    def with_cache(self, cache_size: int = 1) -> ToInterval:
+        return self if cache_size == self._cache_size else ToInterval(self.low, self.high, cache_size)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.low + self._width * torch.where(self._ends, SigmoidTransform()(x), x.where(~self._ends, 0.0).exp())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        share = (y - self.low) / self._width
+        inside = SigmoidTransform().inv(share.where(self._ends, 0.5))
+        return torch.where(self._ends, inside, share.where(~self._ends, 1.0).log())
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        inside = self._width.log() - torch.nn.functional.softplus(x) - torch.nn.functional.softplus(-x)
+        return torch.where(self._ends, inside, x)
 
 
 def why_unreached(site: Any) -> str:

@@ -60,6 +60,7 @@ PRIORS = {
         1.0,
     ),
     "student": (dist.StudentT(1.0, 0.0, 1.0), lambda z: -(math.pi * (1 + z**2)).log(), -60.0, 60.0),
+    "open": (dist.GeneralizedPareto(0.0, 1.0, 0.3), lambda z: -(1 / 0.3 + 1) * (1 + 0.3 * z).log(), 0.0, 60.0),
     "half-cauchy": (dist.HalfCauchy(1.0), lambda z: (2 / math.pi / (1 + z**2)).log(), 0.0, 60.0),
 }
 

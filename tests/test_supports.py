@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch.distributions import kl_divergence
-from torch.distributions.transforms import ExpTransform
+from torch.distributions.transforms import AffineTransform, ExpTransform
 
 from pyro_amortize import AutoAmortizedNormal, CompiledTrace_ELBO, Table
 from pyro_amortize.masks import PriorAlone
@@ -40,6 +40,14 @@ PRIORS = {
         dist.MixtureSameFamily(dist.Categorical(torch.ones(3, 2)), dist.Gamma(torch.ones(3, 2), 1.0)),
         (3,),
     ),
+    "transformed": (dist.TransformedDistribution(dist.Beta(torch.ones(3), 1.0), AffineTransform(2.0, -1.0)), (3,)),
+    "transformed-vector": (
+        dist.TransformedDistribution(
+            dist.Gamma(torch.ones(3, 2), 1.0).to_event(1), [ExpTransform(), AffineTransform(1.0, 2.0)]
+        ),
+        (3, 2),
+    ),
+    "some-open": (dist.GeneralizedPareto(torch.zeros(3), 1.0, torch.tensor([-0.5, 0.0, 0.5])), (3,)),
     "improper": (dist.ImproperUniform(constraints.positive, (3,), ()), (3,)),
     "masked": (dist.Gamma(torch.ones(3, 2), 1.0).mask(torch.tensor([True, False])).to_event(1), (3, 2)),
 }
