@@ -140,7 +140,7 @@ def _own_shape(site: Any) -> tuple[int, ...]:
 def _structure(probes: Probes) -> Structure:
     latents, data, labels = LatentProbes(probes), SourceProbes(probes), LabelProbes(probes)
     sites = {name: latents.site(name) for name in probes.factors}
-    sites |= {name: replace(sites[name], moving=True) for name in latents.moving()}
+    sites = latents.with_supports(sites)
     probes.links = _unambiguous(probes.links)
     sources, indistinct = data.sources()
     sites = {n: replace(s, mask=data.mask(n, sources)) if s.observed else s for n, s in sites.items()}

@@ -240,6 +240,12 @@ class Base:
         self.last: dict[str, Any] = {}
         self._reached: dict[tuple[str, ...], frozenset[str]] = {}
 
+    def unchanged(self) -> dict[str, Any]:
+        """Runs the model without a change; returns the nodes of its trace, as they are in the model."""
+        with pyro.validation_enabled(False):
+            self.held.run()
+        return self.held.nodes
+
     @property
     def latents(self) -> dict[str, Any]:
         """The sites that are held, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -74,16 +75,28 @@ class LatentProbes:
         dims = {frame.dim for frame in one["cond_indep_stack"] if frame.name in plates}
         return tuple(size for i, size in enumerate(whole) if i - batch not in dims)
 
-    def moving(self) -> set[str]:
-        """Replaces all continuous latents at once; tells which of them live elsewhere then, or at another base."""
-        free = {name for name, site in self.probes.factors.items() if is_free(site)}
-        self.probes.changed(latents=dict.fromkeys(free, lambda _, fresh: fresh))
-        found = set()
-        for name, site in self.probes.unmerged.items():
-            others = [base.held.nodes[name] for base in self.probes.bases if name in base.held.nodes]
-            if is_free(site) and not why_unreached(site) and any(_moved(site, other) for other in others):
-                found.add(next((f.name for f in self.probes.families if f.numbers(name) is not None), name))
-        return found & free
+    def with_supports(self, sites: dict[str, Site]) -> dict[str, Site]:
+        """Says of latents with what others their supports move."""
+        sites = dict(sites)
+        for name in self._moved_by({name for name, site in self.probes.factors.items() if is_free(site)}):
+            sites[name] = replace(sites[name], moving=True)
+        for latent in (site.name for site in sites.values() if site.enumerated):
+            for name in self._moved_by({latent}):
+                sites[name] = replace(sites[name], moving=True, switched=sites[name].switched | {latent})
+        return sites
+
+    def _moved_by(self, names: set[str]) -> set[str]:
+        """Replaces latents together; returns the continuous ones whose bijections lead elsewhere then."""
+        found: set[str] = set()
+        for base in self.probes.bases if names else ():
+            before = base.unchanged()
+            if base.changed(latents=dict.fromkeys(names, lambda _, fresh: fresh)) is None:
+                continue
+            for name, site in before.items():
+                other = base.held.nodes.get(name)
+                if site["type"] == "sample" and is_free(site) and other is not None and _moved(site, other):
+                    found.add(next((f.name for f in self.probes.families if f.numbers(name) is not None), name))
+        return found & set(self.probes.factors)
 
     def reach_in_turn(self, loop: str) -> bool:
         """Replaces latents of single turns of a loop; tells whether each reaches data of its turn, and none before."""
@@ -281,6 +294,8 @@ def _replaced(where: Tensor) -> Change:
 
 def _moved(site: Any, other: Any) -> bool:
     """Tells whether bijections of two runs of a site take a value to different places."""
+    if why_unreached(site):
+        return False
     raw = site["value"].new_full(unconstrained_shape(site), 0.7)
     images = [bijection(each)(raw) for each in (site, other)]
     return not torch.equal(*images)

@@ -523,6 +523,14 @@ class _Planner:
         for site in self.latents:
             if site.unreached:
                 raise ValueError(f"plan_amortization: {site.unreached}")
+            summed = next((other.name for other in self.enumerated if other.name in site.switched), None)
+            if summed is not None:
+                raise ValueError(
+                    f"plan_amortization: the support of site '{site.name}' depends on '{summed}', which is summed out, "
+                    f"so that q of it has no one place. Amortize '{summed}', encoder={{'{summed}': MLP()}}; or write "
+                    f"'{site.name}' on a fixed support, raw = pyro.sample('{site.name}_raw', dist.Uniform(0.0, 1.0)) "
+                    f"and pyro.deterministic('{site.name}', low + (high - low) * raw)."
+                )
 
     def _refuse_unknown_rows(self, site: Site) -> None:
         """Refuses a table where the data are a minibatch, and the plate draws indices that mean nothing."""

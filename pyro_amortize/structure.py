@@ -109,6 +109,7 @@ class Site:
             ``Categorical``, () of others; None if it has no logits.
         distribution: The name of its distribution, if it has logits.
         moving: Whether its support depends on another latent.
+        switched: Enumerated latents that its support depends on.
         unreached: Why no normal can be taken to where it lives (continuous latents); "" if one can.
         flat: Whether no value of this latent that was tried moved any data's density, though it may inform them.
     """
@@ -132,6 +133,7 @@ class Site:
     logits: tuple[int, ...] | None = None
     distribution: str | None = None
     moving: bool = False
+    switched: frozenset[str] = frozenset()
     unreached: str = ""
     own: tuple[str, ...] = ()
     flat: bool = False

@@ -12,6 +12,7 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_amortize import (
+    MLP,
     AutoAmortizedNormal,
     MCMCFit,
     amortization_gap,
@@ -129,14 +130,52 @@ def test_the_density_is_that_of_constrained_space_and_the_jacobian():
     torch.testing.assert_close(LogDensity(model, (y,), {}, 1)(values), expected)
 
 
-def test_a_support_that_a_summed_out_latent_moves_is_refused():
-    def model(y):
+def switched(y):
+    with pyro.plate("n", len(y)):
         c = pyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
         u = pyro.sample("u", dist.Uniform(0.0, 1.0 + c))
-        pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+        pyro.sample("y", dist.Normal(u, 0.5), obs=y)
 
-    with pytest.raises(ValueError, match=r"support of site 'u' depends on a latent that is summed out.*deterministic"):
-        run_mcmc(model, torch.tensor(0.5), **SHORT)
+
+def on_a_fixed_support(y):
+    with pyro.plate("n", len(y)):
+        c = pyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        raw = pyro.sample("u_raw", dist.Uniform(0.0, 1.0))
+        u = pyro.deterministic("u", (1.0 + c) * raw)
+        pyro.sample("y", dist.Normal(u, 0.5), obs=y)
+
+
+class TestSummedOut:
+    Y = torch.tensor([0.2, 0.9, 1.7])
+
+    def test_a_support_that_goes_with_one_is_refused(self):
+        with pytest.raises(ValueError, match=r"support of site 'u' depends on 'c', which is summed out.*deterministic"):
+            plan_amortization(switched, self.Y)
+        with pytest.raises(
+            ValueError, match=r"support of site 'u' depends on a latent that is summed out.*deterministic"
+        ):
+            run_mcmc(switched, self.Y, **SHORT)
+
+    def test_the_ways_that_the_error_names_work(self):
+        amortized = AutoAmortizedNormal(switched, encoder={"c": MLP((8,))})
+        amortized.initialize(self.Y)
+        draws = amortized.posterior(self.Y).sample((200,))
+        assert amortized.plan.moving == ("u",)
+        assert (draws["u"] <= 1 + draws["c"]).all()
+        assert (draws["u"] > 1).any()
+        report = amortization_gap(on_a_fixed_support, raw_guide, self.Y, progress=False)
+        # p(u) is 3/4 below one and 1/4 above.
+        u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 1000
+        joint = torch.where(u < 1, 0.75, 0.25).log() + dist.Normal(u, 0.5).log_prob(self.Y.double()[:, None])
+        expected = float((joint.logsumexp(1) - math.log(1000)).sum())
+        total, se = report.totals.loc["log_evidence"][["total", "total_se"]]
+        assert abs(total - expected) < 4 * se + 0.01
+        assert run_mcmc(on_a_fixed_support, self.Y, **SHORT).outside == ()
+
+
+def raw_guide(y):
+    with pyro.plate("n", len(y)):
+        pyro.sample("u_raw", dist.Uniform(0.0, 1.0))
 
 
 def test_draws_outside_are_no_reference():
