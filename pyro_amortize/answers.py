@@ -30,10 +30,20 @@ class Answers(dict[str, Tensor]):
 
     def __init__(self, values: Mapping[str, Tensor], others: Callable[[str], Tensor]) -> None:
         super().__init__(values)
-        self._others = others
+        self.others = others
 
     def __missing__(self, name: str) -> Tensor:
-        return self._others(name)
+        return self.others(name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns the answer for a name, or the default."""
+        try:
+            return self[name]
+        except UnknownSite:
+            return default
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_amortize.answering import Answer, answered
-from pyro_amortize.answers import Derived, Others
+from pyro_amortize.answers import Answers, Derived, Others
 from pyro_amortize.arguments import refuse_guide, with_rows
 from pyro_amortize.building import Builder, check_encoder, check_inputs
 from pyro_amortize.calls import Call, Model, signature_of
@@ -246,7 +246,8 @@ class AutoAmortized(AutoGuide):
         Sites that are left to the model are at their prior's median, given those of the latents above them. Sites that
         are summed out have none. Takes any number of rows, as :meth:`posterior` does.
         """
-        return self._answer("median", args, kwargs).values
+        answer = self._answer("median", args, kwargs)
+        return Answers(answer.values, self._posterior(answer, args, kwargs).median.others)
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns posterior quantiles for these data, shape (number of quantiles, *shape of the site).
@@ -279,7 +280,9 @@ class AutoAmortized(AutoGuide):
             RuntimeError: The guide has no parameters yet.
             ValueError: Data are missing, do not fit, or new rows are asked of a table.
         """
-        answer = self._answer("posterior", args, kwargs)
+        return self._posterior(self._answer("posterior", args, kwargs), args, kwargs)
+
+    def _posterior(self, answer: Answer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
         assert self.plan is not None
         discrete = joint = None
         conditional = any(source.drawn for block in self.plan.blocks for source in block.sources)

@@ -197,10 +197,10 @@ def _of_guide(guide: Any, call: _Call, num_samples: int | None, given: Collectio
         for indices, new in covering(plate):
             with Subsample(plate.name, indices):
                 draws = _traced(guide, call, num_draws, shared)
-                groups = _of_model(call, _as_a_chain(draws), given, {plate.name: indices})
+                groups, sites = _at_draws(call, _as_a_chain(draws), given, {plate.name: indices})
             shared = {n: a.values[0] for n, a in groups["posterior"].items() if plate.name not in a.plates}
             parts.append((groups, new))
-        return _joined(parts, plate.name)
+        return _with_series(_joined(parts, plate.name), sites)
 
 
 def _of_report(report: GapReport, num_samples: int | None) -> Groups:
@@ -307,17 +307,22 @@ def _subsampled(call: _Call) -> Plate | None:
     return picked[0] if picked else None
 
 
-def _of_model(
-    call: _Call, draws: dict[str, Tensor], given: Collection[str], indices: Mapping[str, Tensor] | None = None
-) -> Groups:
+def _of_model(call: _Call, draws: dict[str, Tensor], given: Collection[str]) -> Groups:
     """Returns the groups of a model at draws of shape (chains, draws, *shape of the site)."""
+    return _with_series(*_at_draws(call, draws, given, {}))
+
+
+def _at_draws(
+    call: _Call, draws: dict[str, Tensor], given: Collection[str], indices: Mapping[str, Tensor]
+) -> tuple[Groups, dict[str, Any]]:
+    """Returns these groups with the sites of loops one by one, and the sample sites of a run."""
     if not draws:
         raise ValueError("to_arviz: there are no draws, as the guide samples no site.")
     shape = next(iter(draws.values())).shape[:2]
     values = {name: value.detach().flatten(0, 1) for name, value in draws.items()}
     run = Pointwise(call.model, call.args, call.kwargs, values)
     if run.summed_out:
-        found = draw_enumerated(call.model, call.args, call.kwargs, values, indices or {}, shape.numel())
+        found = draw_enumerated(call.model, call.args, call.kwargs, values, indices, shape.numel())
         values |= {name: found[name] for name in run.summed_out}
         run = Pointwise(call.model, call.args, call.kwargs, values)
 
@@ -328,9 +333,7 @@ def _of_model(
     data = {name: _array(run.value_of(site), _around(site)) for name, site in run.observed.items()}
     observed = {name: site for name, site in run.observed.items() if name not in given}
     held = {name: value for name, value in values.items() if name in run.latents}
-    found, sites = run_at(
-        call.model, call.args, call.kwargs, held, indices or {}, shape.numel(), wanted=is_deterministic
-    )
+    found, sites = run_at(call.model, call.args, call.kwargs, held, indices, shape.numel(), wanted=is_deterministic)
     derived = {n: _array(v.unflatten(0, shape), plates_by_axis(sites[n]), LEAD) for n, v in found.items()}
     likelihood = sampled(run.log_likelihood(), observed)
     for name, array in likelihood.items():
@@ -343,8 +346,12 @@ def _of_model(
         "observed_data": {name: array for name, array in data.items() if name not in given},
         "constant_data": {name: array for name, array in data.items() if name in given},
     }
-    drawn = {name: site for name, site in sites.items() if not is_deterministic(site)}
-    return {group: _as_series(arrays, _series_of(drawn, arrays)) for group, arrays in groups.items() if arrays}
+    return groups, {name: site for name, site in sites.items() if not is_deterministic(site)}
+
+
+def _with_series(groups: Groups, sites: Mapping[str, Any]) -> Groups:
+    """Puts the sites of loops together; leaves out groups without variables."""
+    return {group: _as_series(arrays, _series_of(sites, arrays)) for group, arrays in groups.items() if arrays}
 
 
 def _series_of(sites: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Series]]:

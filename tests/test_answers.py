@@ -113,6 +113,8 @@ def test_deterministic_sites_of_the_draws():
     torch.testing.assert_close(draws["rate"], torch.stack([draws["z"], draws["z"].exp()], -1))
     torch.testing.assert_close(draws["last"], draws["z"][..., -1].exp())
     assert set(draws) == {"slope", "z"}  # no run of the model, unless asked for
+    assert "rate" in draws
+    assert "rates" not in draws
 
 
 def test_moments_of_deterministic_sites_come_from_draws_of_a_fixed_seed():
@@ -151,6 +153,7 @@ def test_a_series_is_one_variable():
         for t in range(4):
             assert torch.equal(answer["z_*"][..., t], answer[f"z_{t}"])
     assert set(posterior.mean) == {"drift", "z_0", "z_1", "z_2", "z_3"}
+    assert guide.median(5, 4, Y)["z_*"].shape == (5, 4)
 
 
 def test_a_series_beside_other_plates_and_of_events():

@@ -177,6 +177,25 @@ def densities_are_those_of_a_run(data, k, own, guide, args, kwargs):
         torch.testing.assert_close(mine, exact(trace.nodes[n]).reshape(mine.shape), rtol=1e-3, atol=1e-3)
 
 
+def test_series_outside_and_inside_of_a_plate_that_subsamples():
+    def own(y):
+        z, rows = torch.tensor(0.0), pyro.plate("rows", len(y), subsample_size=3)
+        for t in range(y.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            with rows as i:
+                w = pyro.sample(f"w_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"y_{t}", dist.Normal(w, 1.0), obs=y[i, t])
+
+    y = torch.randn(7, 4)
+    data = to_arviz(fitted(own, y, guide=AutoAmortizedNormal(own, encoder={"z_*": Table()})), num_samples=5)
+    assert dims(data, "posterior") == {
+        "z_*": ("chain", "draw", "steps"),
+        "w_*": ("chain", "draw", "rows", "steps"),
+    }
+    exact = dist.Normal(values(data, "posterior", "w_*"), 1.0).log_prob(y)
+    torch.testing.assert_close(values(data, "log_likelihood", "y_*"), exact)
+
+
 @pytest.mark.parametrize("vectorizable", [True, False])
 def test_draws_made_one_by_one_give_the_same(x, vectorizable):
     def own(x):
