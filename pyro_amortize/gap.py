@@ -31,6 +31,7 @@ from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.planner import plan_beside
 from pyro_amortize.proposals import Modes, find_modes
 from pyro_amortize.reference import drawn_globals, held_globals, local_sites, site_answers
+from pyro_amortize.sensitivity import biased, scaled_globals, sensitivity
 from pyro_amortize.steps import Options
 
 BLOCK_DRAWS = 50
@@ -63,6 +64,9 @@ class GapReport:
         given: Values at which the globals were held, stacked if several.
         optimum: The fit of q*, for the first of them; None where the guide's family is not known.
         num_draws: Draws behind each number.
+        sensitivity: How the inference gap changes with each global, in nats per posterior standard deviation of the
+            guide: ``slope`` and its standard error, of the element where it is largest. None where that is not known,
+            or the globals were given.
         unseen: The report on the unseen data, if there are some.
         generalization: Then a row a gap: its mean per datum on the data and on the unseen, columns ``seen`` and
             ``unseen``, and the ``difference`` with its standard error, that of the choice of data included.
@@ -76,6 +80,7 @@ class GapReport:
     given: dict[str, Tensor]
     optimum: SVIFit | None
     num_draws: int
+    sensitivity: pd.DataFrame | None = None
     unseen: GapReport | None = None
     generalization: pd.DataFrame | None = None
 
@@ -116,6 +121,8 @@ class GapReport:
             )
         if len(self.blocks) > 1:
             lines += ["encoder by encoder:", digits.table(self.blocks)]
+        if self.sensitivity is not None and len(self.sensitivity):
+            lines += ["the gap's change per posterior sd of a global:", digits.table(self.sensitivity)]
         if self.generalization is not None:
             lines += ["seen and unseen data:", digits.table(self.generalization)]
         lines += [f"advice: {text}" for text in self.advice]
@@ -251,6 +258,7 @@ class _Found:
         posterior: What weighted draws show of it.
         optimum: The fit of q*, if there is one.
         blocks: For each block what its encoder alone costs.
+        sensitivity: How the gap changes with the globals.
         lead: By how much the encoder is better than one answer for all data, and q* than that.
     """
 
@@ -262,6 +270,7 @@ class _Found:
     optimum: SVIFit | None
     blocks: dict[str, Part]
     lead: tuple[Part, Part] | None
+    sensitivity: pd.DataFrame | None
     doubts: tuple[str, ...]
 
     @property
@@ -288,6 +297,7 @@ class _Measure:
         self.seed = options.seed or 0
         self.plan = plan_beside(model, guide, args, kwargs)
         self.sites = local_sites(self.plan)
+        self.fitted = False
         summed_out = enumerated_sites(model, guide, args, kwargs)[0]
         self.plate, self.remarks = data_plate(self.plan, summed_out.values())
 
@@ -321,10 +331,13 @@ class _Measure:
             if any(abs(scale - 1) > 1e-6 for scale in self._scales(guide)):
                 remarks.append("no evidence: poutine.scale stands around local latents, and a scaled ELBO bounds none")
                 parts = {name: part for name, part in parts.items() if name not in OF_EVIDENCE}
-            blocks, lead = {}, None
+            blocks, lead, slopes = {}, None, None
             if joint is not None and optimum is not None:
                 blocks, lead = _block_by_block(joint, optimum, parts["amortization_gap"]), _lead(joint, optimum)
-        return _Found(parts, evidence, k_hat, modes, posterior, fit, blocks, lead, tuple(remarks))
+            if joint is not None and posterior is not None and self.fitted:
+                scaled = scaled_globals(self.guide, self.args, self.kwargs, self.plan, held, self.seed)
+                slopes = sensitivity(joint, self.model, held, scaled, posterior.draws) if scaled else None
+        return _Found(parts, evidence, k_hat, modes, posterior, fit, blocks, lead, slopes, tuple(remarks))
 
     def _own_plan(self) -> AmortizationPlan:
         """Returns the guide's plan, whose blocks are its encoders; the model's, where the guide has others."""
@@ -356,6 +369,7 @@ class _Measure:
 
     def globals(self, given: Mapping[str, Tensor] | int | None) -> list[dict[str, Tensor]]:
         """Returns the values of the globals at which all is measured."""
+        self.fitted = not isinstance(given, Mapping)
         if isinstance(given, int):
             draws = drawn_globals(self.guide, self.args, self.kwargs, self.plan, given, self.seed)
             return draws if draws[0] else draws[:1]
@@ -386,6 +400,7 @@ class _Measure:
             *doubts.of_optimum(parts, self.options.num_steps),
             *(doubts.of_evidence([e.evidence for e in found], found[0].posterior) if "log_evidence" in parts else ()),
             *doubts.of_collapse(self.sites[0], found[0].lead),
+            *(biased(found[0].sensitivity) if found[0].sensitivity is not None else ()),
         ]
         between = None if unseen is None else generalization(per_datum, unseen.per_datum)
         rows = self._num_elements() if per_datum is None else len(per_datum)
@@ -408,6 +423,7 @@ class _Measure:
             given=values[0] if len(values) == 1 else _stacked(values),
             optimum=found[0].optimum,
             num_draws=self.num_draws,
+            sensitivity=found[0].sensitivity,
             unseen=unseen,
             generalization=between,
         )

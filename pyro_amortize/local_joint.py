@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -68,7 +69,7 @@ class LocalJoint:
         self.subsamples = plate in partial
         if set(partial) - {plate}:
             raise NotImplementedError(f"plate '{partial[0]}' subsamples itself, and its elements are not judged apart")
-        self._recorded = Recorded(self._of_rows)
+        self._recorded: Callable[[Tensor, Tensor], Tensor] = Recorded(self._of_rows)
         self.sites = self._sites()
         self.loc, self.scale, weight = (
             torch.cat([getattr(site, what).reshape(self.num_rows, -1) for site in self.sites], -1)
@@ -103,6 +104,14 @@ class LocalJoint:
             free = _normal(self.loc[rows], self.scale[rows]).log_prob(values)
             log_p = log_p + torch.where(self._masked[rows], free, 0.0).sum(-1)
         return log_p
+
+    def under(self, model: Model) -> LocalJoint:
+        """Returns this of another model, the same but for what it is conditioned on, with gradients by that too."""
+        other = copy.copy(self)
+        other.model, other.evaluation = model, copy.copy(self.evaluation)
+        other.evaluation.model = model
+        other._recorded = other._of_rows
+        return other
 
     def log_q(self, values: Tensor, loc: Tensor, scale: Tensor, rows: Tensor | None = None) -> Tensor:
         """Returns the log density in nats of normals at values, shape (draws, rows, dim), summed to (draws, rows)."""

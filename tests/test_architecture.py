@@ -53,7 +53,7 @@ ORDER = [
     {"steps"},
     {"fit", "local_joint"},
     {"reference", "mcmc"},
-    {"optimum", "proposals"},
+    {"optimum", "proposals", "sensitivity"},
     {"evidence"},
     {"estimates"},
     {"advice", "conditioning", "doubts"},
