@@ -115,9 +115,11 @@ class Steps:
         self._present: Any = None
         if held is not None:  # gradients that the user holds are put back, not added to
             store = [p for name, p in pyro.get_param_store().named_parameters()]
+            own = {id(parameter) for parameter in guide.parameters()} if isinstance(guide, nn.Module) else set()
             for parameter in [*store, *(model.parameters() if isinstance(model, nn.Module) else ())]:
-                held.keep(parameter)
-                parameter.grad = None
+                if id(parameter) not in own:  # what is trained stays as it was trained
+                    held.keep(parameter)
+                    parameter.grad = None
 
     @property
     def compile_seconds(self) -> float:

@@ -271,3 +271,16 @@ class TestOptimum:
         guide.initialize(x)
         with pytest.raises(ValueError, match=r"nothing to amortize.*compare_inference"):
             amortization_gap(model, guide, x, progress=False)
+
+
+def test_mean_field_answers_with_what_it_has_trained():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(20)
+    posterior = fit_mean_field(model, x, num_steps=300, lr=0.05, seed=0, progress=False).guide.posterior(x)
+    # The exact posterior is N(x / 2, 1 / 2). Single steps jitter by a fraction of its standard deviation, 0.71.
+    torch.testing.assert_close(posterior.mean["z"], x / 2, atol=0.2, rtol=0)
+    torch.testing.assert_close(posterior.stddev["z"], torch.full((20,), math.sqrt(0.5)), atol=0, rtol=0.2)
