@@ -128,6 +128,7 @@ class _Planner:
         self.discrete = [replace(site, enumerated=False) for site in asked]
         self._refuse_discrete()
         self._refuse_unreached()
+        self._warn_of_imputed()
         self.masks = {
             site.name: next((s for s in facts.sources if s.name == site.mask and s.plates == site.plates), None)
             for site in facts.sites.values()
@@ -224,6 +225,20 @@ class _Planner:
 
     def _has_table(self, site: Site) -> bool:
         return site.foreign or bool({site.name, *site.plates[-1:], "/".join(site.plates)} & self.tables)
+
+    def _warn_of_imputed(self) -> None:
+        """Warns of what ``obs_mask`` makes for missing data below a latent that is summed out: q is not its prior."""
+        for site in self.latents:
+            above = [other.name for other in self.enumerated if site.name in other.children]
+            has_data = any(self.facts.sites[name].observed for name in self.facts.reaches(site.name))
+            if above and site.unmasked is not None and not has_data:
+                warnings.warn(
+                    f"plan_amortization: '{site.name}' depends on '{above[0]}', which is summed out, so q cannot be "
+                    f"its prior: what is missing loosens the ELBO, and biases globals. Mask the data instead of "
+                    f"obs_mask=: 'with poutine.mask(mask=...): pyro.sample(..., obs=...)'; or amortize "
+                    f"'{above[0]}': encoder={{'{above[0]}': MLP()}}.",
+                    stacklevel=2,
+                )
 
     def _taken_at_their_word(self) -> dict[str, Site]:
         """Finds data for latents that are to have encoders by name, though their rows do not tell whom they inform."""

@@ -227,3 +227,22 @@ def test_labels_that_are_none_under_a_mask(first):
     answer = guide.posterior(padded, mask)
     assert torch.equal((answer.stddev["z"] == 2.0).all(-1), ~mask)
     assert torch.equal(answer.mean["z"], guide.posterior(y, mask).mean["z"])
+
+
+def test_what_is_imputed_below_an_enumerated_latent_is_told():
+    """q of it is no prior then, and globals are biased; a mask, or an encoder for the latent, leaves rows alone."""
+
+    def model(y, mask, imputed=True):
+        with pyro.plate("n", len(y)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            with poutine.mask(mask=True if imputed else mask):
+                pyro.sample("y", dist.Normal(z + c, 1.0), obs=y, obs_mask=mask if imputed else None)
+
+    y, mask = torch.randn(8), torch.arange(8) < 5
+    with pytest.warns(UserWarning, match="'y_unobserved' depends on 'c', which is summed out.*poutine.mask.*encoder="):
+        plan_amortization(model, y, mask)
+    for args, encoder in (((y, mask, False), None), ((y, mask), {"c": MLP()})):
+        guide = AutoAmortizedNormal(model, encoder=encoder)
+        guide.initialize(*args)
+        assert (guide.posterior(*args).stddev["z"] == 2.0).tolist() == (~mask).tolist()
