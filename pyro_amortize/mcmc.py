@@ -13,7 +13,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -21,11 +20,14 @@ from pyro_amortize import arviz_bridge
 from pyro_amortize.arguments import check_given, check_model, named
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Uncapturable
+from pyro_amortize.idle import Left, WithPrior, beside, idle_latents, left_latents
 from pyro_amortize.missing import refuse_nan
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
-from pyro_amortize.supports import generic_value, is_delta, is_free, site_mask, why_unreached, without_masks
+from pyro_amortize.supports import (
+    is_free,
+)
 from pyro_amortize.unconstrained import LogDensity, is_reached
 
 R_HAT = 1.01
@@ -244,12 +246,14 @@ def run_mcmc(
         values = _held(model, args, kwargs, given)
         conditioned = poutine.condition(model, data=values)
         sites = _all_rows(conditioned, args, kwargs)
-        _refuse_unreached(sites)
-        proper = _WithPrior(_idle(conditioned, args, kwargs, sites))(conditioned)
+        left = left_latents(conditioned, args, kwargs, sites)
+        proper = Left(left)(WithPrior(idle_latents(conditioned, args, kwargs, sites))(conditioned))
         nesting = max((-plate.dim for plate in plates_of(sites).values()), default=0)
         target = Target(
             LogDensity(proper, args, kwargs, nesting),
-            _starts(start, args, kwargs, [site["name"] for site in sites if is_free(site)]),
+            _starts(
+                start, args, kwargs, [site["name"] for site in sites if is_free(site) and site["name"] not in left]
+            ),
             num_samples,
             warmup_steps,
             target_accept_prob,
@@ -259,6 +263,7 @@ def run_mcmc(
         drawing, engine, fallback = _drawing(engine, target, seed, num_chains)
         chains, diverged = zip(*(drawing(seed + chain) for chain in range(num_chains)), strict=True)
         outside = _outside(proper, args, kwargs, chains)
+        chains = tuple({**chain, **beside(conditioned, args, kwargs, chain, left)} for chain in chains)
     diverging = torch.stack(diverged)
     samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
     return MCMCFit(
@@ -305,50 +310,6 @@ def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[C
         if engine == "nutpie":
             warnings.warn(f"run_mcmc: Pyro's NUTS draws, not nutpie's, since {reason}.", UserWarning, stacklevel=3)
         return by_pyro, "pyro", str(reason)
-
-
-def _refuse_unreached(sites: list[Any]) -> None:
-    for site in sites:
-        drawn = is_free(site) or not (site["is_observed"] or is_delta(site["fn"]) or site["fn"].has_enumerate_support)
-        why = why_unreached(site) if drawn else ""
-        if why:
-            raise ValueError(f"run_mcmc: {why}")
-
-
-class _WithPrior(Messenger):
-    """Takes the masks off some latents.
-
-    Args:
-        names: Of these.
-    """
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["mask"], msg["fn"] = None, without_masks(msg["fn"])
-
-
-def _idle(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[Any]) -> list[str]:
-    """Finds the latents of whose entries a mask covers some, on which no density depends."""
-    latents = {site["name"]: site for site in sites if not site["is_observed"]}
-    found = ((name, site_mask(site)) for name, site in latents.items())
-    masks = {name: mask for name, mask in found if mask is not None and not bool(mask.all())}
-    values = {name: site["value"] for name, site in latents.items()}
-
-    def densities(values: dict[str, Tensor]) -> Tensor:
-        with poutine.block(), pyro.validation_enabled(False):
-            trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
-        return torch.stack([site["log_prob_sum"] for site in trace.nodes.values() if "log_prob_sum" in site])
-
-    def is_idle(name: str, mask: Tensor) -> bool:
-        other = torch.where(mask, values[name], generic_value(latents[name]))
-        return torch.equal(densities(values), densities({**values, name: other}))
-
-    return [name for name, mask in masks.items() if is_idle(name, mask)]
 
 
 def _starts(

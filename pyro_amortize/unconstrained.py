@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_amortize.calls import Model
-from pyro_amortize.enumeration import enumerating, side_by_side, summed_out
+from pyro_amortize.draws import Runs, laid
+from pyro_amortize.enumeration import enumerating, summed_out
 from pyro_amortize.supports import bijection, is_delta, is_free, some_tensor
 
 TRIES = 100
@@ -164,15 +165,14 @@ class LogDensity:
         images = [{n: transform(draws[n][0]) for n, transform in at.transforms.items()} for at in (first, other)]
         if all(torch.equal(image, images[1][name]) for name, image in images[0].items()):
             return {name: first.transforms[name](value) for name, value in draws.items()}
-        try:
-            together = self._side_by_side(draws, images[0])
-            pairs = [(together[n][place], at.reached[n]) for place, at in ((0, first), (far, other)) for n in draws]
-            if all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in pairs):
-                return together
-        except (ValueError, RuntimeError, IndexError, KeyError):  # the model does not take several draws at once
-            pass
-        runs = [self._at(draws, place) for place in range(len(away))]
-        return {name: torch.stack([run.reached[name] for run in runs]) for name in draws}
+
+        def program(start: int, count: int | None) -> Model:
+            rows = {n: laid(v, self._batches[n], start, count, self.nesting) for n, v in draws.items()}
+            return Unconstrained(rows)(self.model)  # type: ignore[no-any-return]
+
+        with pyro.validation_enabled(False), torch.no_grad(), poutine.block():
+            found = Runs(program, self.args, self.kwargs).values(len(away), self.nesting)
+        return {name: found[name] for name in draws}
 
     def _at(self, draws: Mapping[str, Tensor], place: int) -> Unconstrained:
         """Runs the model at one draw."""
@@ -180,17 +180,6 @@ class LogDensity:
         with pyro.validation_enabled(False), torch.no_grad():
             self._trace(held(self.model))
         return held
-
-    def _side_by_side(self, draws: Mapping[str, Tensor], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Runs the model at all draws at once."""
-        count = len(next(iter(draws.values())))
-        batches = {name: self._batches[name] for name in draws}
-        held = Unconstrained(
-            {n: v.reshape((count,) + (1,) * (self.nesting - batches[n]) + v.shape[1:]) for n, v in draws.items()}
-        )
-        with pyro.validation_enabled(False), torch.no_grad():
-            self._trace(side_by_side(held(self.model), count, self.nesting))
-        return {name: held.reached[name].reshape((count, *images[name].shape)) for name in draws}
 
     def _is_finite(self, values: Mapping[str, Tensor]) -> bool:
         points = {name: value.detach().requires_grad_() for name, value in values.items()}

@@ -285,3 +285,20 @@ def test_a_latent_has_to_say_where_it_lives():
 
     with pytest.raises(ValueError, match=r"site 't' is a Wald, which does not say where it lives.*support ="):
         plan_amortization(model, torch.rand(5))
+
+
+def test_chains_leave_angles_without_data_to_the_model():
+    def model(y):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("a", dist.VonMises(3 * z, 50.0))
+            pyro.sample("y", dist.Normal(z, 0.1), obs=y)
+
+    y = torch.tensor([-0.5, 0.5])
+    fit = run_mcmc(model, y, **BRIEF | {"num_samples": 100, "warmup_steps": 100, "num_chains": 2})
+    assert fit.outside == ()
+    assert fit.samples["a"].shape == fit.samples["z"].shape == (2, 100, 2)
+    turned = (fit.samples["a"] - 3 * fit.samples["z"]).flatten(0, 1)
+    assert (turned.abs() < 1).all()
+    assert float(turned.std()) == pytest.approx(50**-0.5, rel=0.2)  # nearly normal
+    assert float(fit.samples["z"].mean((0, 1))[1]) == pytest.approx(0.495, abs=0.05)
