@@ -223,7 +223,7 @@ class AutoAmortized(AutoGuide):
         plan = build_plan(facts, *builder.choices(facts), self.options["inputs"], self.options["encoder"])
         builder.refuse_misplaced(plan)
         beginning, sample = builder.excerpts(facts, plan, (args, kwargs))
-        refuse_replaced(type(self).__name__, self.model, *beginning)
+        refuse_replaced(type(self).__name__, self.model, *beginning, training=False)
         run = GuidedRun(self, *sample, {}, plan=plan)
         examples = run.examples()
         cells = (values for reading in examples.values() for level in reading.cells for values, _ in level)

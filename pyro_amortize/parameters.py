@@ -122,11 +122,20 @@ def preserved(*models: Any, evaluating: bool = False, random_state: bool = True)
             torch.cuda.set_rng_state_all(cuda_rng)
 
 
-def refuse_replaced(function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_replaced(
+    function: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = True
+) -> None:
     """Refuses a model with a module under whose name the param store holds the parameters of another.
 
     ``pyro.module`` goes on announcing those of the other then, so that nothing trains this one. Where it is told to,
     by ``update_module_params=True``, it hands them to this one instead, so that there is none in the second run.
+
+    Args:
+        function: Name of the function, for messages.
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        training: Whether it is to be trained; else parameters of the same values, loaded into both, are as good.
 
     Raises:
         ValueError: There is such a module.
@@ -135,7 +144,7 @@ def refuse_replaced(function: str, model: Callable[..., Any], args: tuple[Any, .
         return
     with preserved(model, evaluating=True), torch.no_grad(), pyro.poutine.block():
         for _ in range(2):
-            with _Replaced() as seen:
+            with _Replaced(training) as seen:
                 model(*args, **kwargs)
     if seen.names:
         name = seen.names[0]
@@ -148,15 +157,19 @@ def refuse_replaced(function: str, model: Callable[..., Any], args: tuple[Any, .
 
 
 class _Replaced(Messenger):
-    """Notes modules that are registered under names for which the param store holds other parameters."""
+    """Notes modules that are registered under names for which the param store holds other parameters, or values."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: bool) -> None:
         super().__init__()
+        self.parameters = parameters
         self.names: list[str] = []
 
     def _pyro_post_param(self, msg: Any) -> None:
         module, divider, _ = msg["name"].partition(_DIVIDER)
-        if divider and len(msg["args"]) > 1 and msg["args"][1] is not msg["value"].unconstrained():
+        if not divider or len(msg["args"]) < 2:
+            return
+        own, stored = msg["args"][1], msg["value"].unconstrained()
+        if own is not stored and (self.parameters or not torch.equal(own, stored)):
             self.names.append(module)
 
 

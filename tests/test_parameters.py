@@ -377,6 +377,24 @@ def test_a_module_that_takes_the_other_s_parameters_is_trained():
     assert second.net.weight is first.net.weight
 
 
+def test_a_module_with_the_values_in_the_store_answers_but_is_not_trained(tmp_path):
+    """As where both were loaded from files."""
+    model = stepped(Decoder)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    state = snapshot(model)
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    other = Decoder()
+    other.load_state_dict(state)
+    guide = AutoAmortizedNormal(other)
+    guide.initialize(X)
+    with pytest.raises(ValueError, match="'net' is not the one"):
+        fit_svi(other, guide, X, num_steps=2, progress=False)
+    pyro.module("net", other.net, update_module_params=True)
+    fit_svi(other, guide, X, num_steps=2, progress=False)
+    assert not equal(snapshot(other), state)
+
+
 def test_the_same_module_is_trained_on():
     model = stepped(Decoder)
     before = model.net.weight.clone()
