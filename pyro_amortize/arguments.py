@@ -64,6 +64,12 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     return f"{what} '{name}' is not known{meant}. Known: {', '.join(names)}."
 
 
+def check_count(function: str, name: str, value: object, least: int = 1) -> None:
+    """Refuses what is no whole number, or too small a one."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{function}: {name}={value!r}. Expected a whole number, {least} or more.")
+
+
 def check_options(function: str, option: str, given: Mapping[str, Any] | None, known: Iterable[str]) -> dict[str, Any]:
     """Returns options that are passed on to another function, as ``svi={...}``; refuses others."""
     if not isinstance(given, (Mapping, type(None))):

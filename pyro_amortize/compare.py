@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
 from pyro_amortize import digits, plots
-from pyro_amortize.arguments import check_model, check_options, named
+from pyro_amortize.arguments import check_model, check_options, named, observes
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
 from pyro_amortize.encoders import Rows, Table
@@ -165,9 +165,14 @@ def compare_inference(
         https://arxiv.org/abs/2307.11018
     """
     kwargs = check_model("compare_inference", model, args, model_kwargs)
-    names = (methods,) if isinstance(methods, str) else methods
-    asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in names}
+    asked = by_label(methods)
     _check_methods(asked)
+    for label, what in asked.items():
+        if callable(what) and observes(what, args, kwargs):
+            raise ValueError(
+                f"compare_inference: methods['{label}'] observes data, so it is a model. Expected one of "
+                f"{list(KNOWN)}, a guide or a fit."
+            )
     svi = check_options("compare_inference", "svi", svi, OF_SVI)
     mcmc = check_options("compare_inference", "mcmc", mcmc, OF_MCMC)
     options = Options(**{"seed": seed, "progress": progress, **svi})
@@ -195,6 +200,23 @@ def compare_inference(
     warm = any(what == "mean_field_warm" for what in asked.values())
     warnings += [*_doubts(fits), *_below(fits, ratios, warm, tolerance=max(0.1, 1e-3 * num_rows))]
     return Comparison(table, moments, fits, tuple(warnings))
+
+
+def by_label(methods: Any) -> dict[str, Any]:
+    """Returns methods by the names that they are to have; one of the known ones has its own.
+
+    Raises:
+        ValueError: There are none.
+    """
+    names = (methods,) if isinstance(methods, str) else methods
+    if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names):
+        names = {name: name for name in names}
+    if not (isinstance(names, Mapping) and names):
+        raise ValueError(
+            f"compare_inference: methods is {methods if names == {} else type(methods).__name__}. Expected names among "
+            f"{list(KNOWN)}, or a dict from labels to these, to guides or to fits: methods={{'mine': guide}}."
+        )
+    return dict(names)
 
 
 def _check_methods(asked: Mapping[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, overload
 
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_amortize.calls import Model
-from pyro_amortize.compare import METHODS, Comparison, compare_inference
+from pyro_amortize.compare import METHODS, Comparison, by_label, compare_inference
 from pyro_amortize.fit import SVIFit, fit_svi
 from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, guide_apart
@@ -70,11 +70,9 @@ class AmortizedModel(PyroModule):
         The method "amortized" is a new guide with the options of this model's.
         """
         methods = options.pop("methods", METHODS)
-        names = (methods,) if isinstance(methods, str) else methods
-        asked = dict(methods) if isinstance(methods, Mapping) else {name: name for name in names}
         fresh = {
             label: guide_apart(self, **self.__dict__["_guide_options"]) if what == "amortized" else what
-            for label, what in asked.items()
+            for label, what in by_label(methods).items()
         }
         return compare_inference(self, *args, methods=fresh, **options)
 

@@ -171,6 +171,17 @@ class Recurrent:
 Series = Window | Recurrent
 
 
+def _activation(kind: Any) -> nn.Module:
+    """Makes an activation."""
+    try:
+        made = kind()
+    except TypeError:
+        made = None
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"activation={kind!r}. Expected a class of modules, as torch.nn.SiLU.")
+    return made
+
+
 def _own(network: Any, in_features: int) -> nn.Module:
     """Returns a network of the user's own, made for a number of features if it is to be made."""
     made = network if isinstance(network, nn.Module) else network(in_features)
@@ -192,7 +203,7 @@ def _widths(encoder: object, name: str) -> tuple[int, ...]:
 def _layers(in_features: int, dims: Sequence[int], activation: type[nn.Module]) -> nn.Module:
     layers: list[nn.Module] = []
     for width in dims:
-        layers += [nn.Linear(in_features, width), activation()]
+        layers += [nn.Linear(in_features, width), _activation(activation)]
         in_features = width
     return nn.Sequential(*layers)
 

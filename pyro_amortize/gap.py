@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_amortize import digits, doubts, plots
 from pyro_amortize.advice import advise, generalization
-from pyro_amortize.arguments import check_model, check_pair, named
+from pyro_amortize.arguments import check_count, check_model, check_pair, named
 from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
@@ -226,14 +226,9 @@ def amortization_gap(
 
 
 def _check(num_draws: int, num_annealed: int, num_training_steps: int, given: Any) -> None:
-    if num_draws < 2:
-        raise ValueError(f"amortization_gap: num_draws={num_draws}. Expected 2 or more; 1000 make k-hat reliable.")
-    if num_annealed < 0:
-        raise ValueError(f"amortization_gap: num_annealed={num_annealed}. Expected the number of data, 0 for none.")
-    if num_training_steps < 0:
-        raise ValueError(
-            f"amortization_gap: num_training_steps={num_training_steps}. Expected the number of steps, 0 for none."
-        )
+    check_count("amortization_gap", "num_draws", num_draws, 2)
+    check_count("amortization_gap", "num_annealed", num_annealed, 0)
+    check_count("amortization_gap", "num_training_steps", num_training_steps, 0)
     if not isinstance(given, (Mapping, type(None))) and not (type(given) is int and given >= 1):
         raise ValueError(f"amortization_gap: given={given}. Expected a positive number of draws, or a dict of values.")
 

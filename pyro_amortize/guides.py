@@ -28,7 +28,7 @@ from torch.distributions import constraints
 
 from pyro_amortize.answering import Answer, answered
 from pyro_amortize.answers import Answers, Derived, Others
-from pyro_amortize.arguments import refuse_guide, with_rows
+from pyro_amortize.arguments import check_count, named, refuse_guide, with_rows
 from pyro_amortize.building import Builder, check_encoder, check_inputs
 from pyro_amortize.calls import Call, Model, signature_of
 from pyro_amortize.carried import Known
@@ -134,7 +134,7 @@ class AutoAmortized(AutoGuide):
             raise ValueError(f"{type(self).__name__}: family={family!r} is not known. Known: {list(FAMILIES)}.")
         if not (prepare in ("auto", None) or callable(prepare)):
             raise ValueError(f"{type(self).__name__}: prepare={prepare!r}. Expected 'auto', None or a function.")
-        if not init_scale > 0:
+        if not (isinstance(init_scale, (int, float)) and init_scale > 0):
             raise ValueError(f"{type(self).__name__}: init_scale={init_scale}. Expected a positive number.")
         super().__init__(model)
         del self.prototype_trace
@@ -152,6 +152,8 @@ class AutoAmortized(AutoGuide):
         }
         check_encoder(kind, encoder)
         check_inputs(kind, inputs)
+        if not callable(init_loc_fn):
+            raise ValueError(f"{kind}: init_loc_fn={init_loc_fn!r}. Expected a function, as Pyro's init_to_median.")
         self.family = FAMILIES[family]()
         self.init_loc_fn = init_loc_fn
         self.coders = nn.ModuleDict()
@@ -295,6 +297,7 @@ class AutoAmortized(AutoGuide):
         given = partial(self._given_values, args, kwargs, answer) if self.plan.moving else None
         return Posterior(answer.found, answer.plates, discrete, joint, others, given)
 
+    @named
     def predictive(
         self,
         *args: Any,
@@ -347,6 +350,7 @@ class AutoAmortized(AutoGuide):
             >>> guide.predictive(new_x, new_group, given=(x, group, y), num_samples=100)["y"].shape
             torch.Size([100, 2])
         """
+        check_count("predictive", "num_samples", num_samples)
         self._refuse_uninitialized("predictive")
         assert self.plan is not None
 
@@ -427,7 +431,7 @@ class AutoAmortized(AutoGuide):
             ValueError: Such an option is missing. At the first call, that the model is another than the guide was
                 trained for: a site is not there, has other values, or stands in other plates.
         """
-        state = read(path, map_location)
+        state = read(cls.__name__, path, map_location)
         guide = cls(model, **options_of(cls.__name__, state["options"], guide_options))
         guide.load_state_dict(state["guide"])
         load_model_state(model, state["model"])

@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_amortize import arviz_bridge
-from pyro_amortize.arguments import check_given, check_model, named
+from pyro_amortize.arguments import check_count, check_given, check_model, named
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Uncapturable
 from pyro_amortize.idle import Left, WithPrior, beside, idle_latents, left_latents
@@ -232,8 +232,9 @@ def run_mcmc(
         ("num_chains", num_chains),
         ("max_tree_depth", max_tree_depth),
     ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"run_mcmc: {option}={value!r}. Expected a positive whole number.")
+        check_count("run_mcmc", option, value)
+    if seed is not None:
+        check_count("run_mcmc", "seed", seed, 0)
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"run_mcmc: target_accept_prob={target_accept_prob}. Expected a number between 0 and 1.")
     began = time.perf_counter()

@@ -126,7 +126,10 @@ class Posterior:
         Returns:
             Site -> tensor of shape (*sample_shape, *site's shape).
         """
-        lead = Size([sample_shape]) if isinstance(sample_shape, int) else Size(sample_shape)
+        lead = (sample_shape,) if isinstance(sample_shape, int) else sample_shape
+        if not (isinstance(lead, Sequence) and all(isinstance(size, int) and size >= 0 for size in lead)):
+            raise ValueError(f"Posterior.sample: sample_shape={sample_shape!r}. Expected a shape, (10,), or a number.")
+        lead = Size(lead)
         draws = self._draw(lead.numel())
 
         def shaped(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,9 +25,28 @@ def write(path: str | os.PathLike[str], guide: nn.Module, options: Mapping[str, 
     torch.save({"guide": guide.state_dict(), "options": codes, "model": model}, path)
 
 
-def read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
-    """Reads what :func:`write` wrote."""
-    return torch.load(path, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
+def read(kind: str, path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
+    """Reads what :func:`write` wrote.
+
+    Raises:
+        ValueError: Something else wrote it.
+    """
+    if callable(path):
+        raise ValueError(f"{kind}.load: the path comes first, then the model: {kind}.load(path, model).")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_not_a_guide(kind, path)) from error
+    if not (isinstance(state, dict) and {"guide", "options", "model"} <= set(state)):
+        raise ValueError(_not_a_guide(kind, path))
+    return state
+
+
+def _not_a_guide(kind: str, path: str | os.PathLike[str]) -> str:
+    return (
+        f"{kind}.load: '{path}' is no file that guide.save(path) wrote. A param store is loaded by "
+        f"pyro.get_param_store().load(path), the state of a guide by guide.load_state_dict(torch.load(path))."
+    )
 
 
 def options_of(kind: str, codes: Mapping[str, dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -248,6 +248,10 @@ def test_one_method_needs_no_tuple(compare):
     [
         (lambda: MLP(32), r"MLP\(hidden_dims=\(32,\)\)"),
         (lambda: MLP((2.5,)), r"hidden_dims=\(2.5,\)"),
+        (lambda: MLP((2,), "relu")(3), "activation='relu'. Expected a class of modules"),
+        (lambda: MLP((2,), torch.relu)(3), "activation=.*relu.*Expected a class of modules"),
+        (lambda: AutoAmortizedNormal(model, init_scale="1"), "init_scale=1"),
+        (lambda: AutoAmortizedNormal(model, init_loc_fn="median"), "init_loc_fn='median'.*init_to_median"),
         (lambda: DeepSets((8,), 4), r"DeepSets\(phi_dims=\(32,\)\)"),
         (lambda: Window(1, 32), r"Window\(hidden_dims"),
         (lambda: Recurrent(hidden_dims=32), r"Recurrent\(hidden_dims"),
@@ -267,7 +271,28 @@ def test_encoders_and_inputs(make, written_out):
     refused(ValueError, written_out, make)
 
 
+@pytest.mark.parametrize("methods", [(), {"mine": model}, {"mine": 3}, X], ids=["none", "model", "number", "tensor"])
+def test_methods_are_known(methods):
+    refused(ValueError, "compare_inference: method.*'mean_field'", lambda: compare_inference(model, X, methods=methods))
+
+
+@pytest.mark.parametrize("option", ["num_draws", "num_annealed", "num_training_steps", "num_steps"])
+def test_counts_are_whole(option, guide):
+    refused(ValueError, f"{option}=2.5", lambda: amortization_gap(model, guide, X, **{**GAP, option: 2.5}))
+
+
+def test_counts_of_chains_are_whole():
+    for option in ("num_samples", "seed"):
+        refused(ValueError, f"{option}='a'", lambda option=option: run_mcmc(model, X, **{**MCMC, option: "a"}))
+
+
 # Answers
+
+
+def test_predictions_are_of_the_model_s_arguments(guide):
+    refused(TypeError, r"predictive: option 'x' is not known.*model_kwargs=\{'x': ...\}", lambda: guide.predictive(x=X))
+    refused(ValueError, "num_samples=0. Expected a whole number, 1 or more", lambda: guide.predictive(X, num_samples=0))
+    refused(ValueError, "the data have no rows", lambda: guide.predictive(torch.zeros(0)))
 
 
 def test_quantiles_come_first(guide):
@@ -278,6 +303,8 @@ def test_quantiles_come_first(guide):
 
 def test_draws_by_their_number(guide):
     assert guide.posterior(X).sample(10)["z"].shape == guide.posterior(X).sample((10,))["z"].shape == (10, 20)
+    for shape in (-1, 2.5, "a", (2, -1)):
+        refused(ValueError, "sample_shape=.*Expected a shape", lambda shape=shape: guide.posterior(X).sample(shape))
 
 
 def test_densities_are_of_a_dict(guide):

@@ -126,8 +126,11 @@ class TestModule:
         other = again(model)
         assert torch.equal(other.posterior(x).mean["z"], model.posterior(x).mean["z"])
         assert other.guide is not model.guide
+        pyro.clear_param_store()  # which holds the first one's modules by the same names
+        before = other.decoder.weight.clone()
         other.fit(x, num_steps=5, progress=False)
         assert not torch.equal(other.posterior(x).mean["z"], model.posterior(x).mean["z"])
+        assert not torch.equal(other.decoder.weight, before)
 
 
 def test_a_class_is_refused():

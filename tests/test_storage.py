@@ -187,3 +187,17 @@ def test_a_module_that_cannot_be_told_apart_is_refused():
     model()
     with pytest.raises(NotImplementedError, match=r"pyro.module\('decoder', ...\).*self.decoder"):
         model_state(model, list(pyro.get_param_store()))
+
+
+# Files
+
+
+def test_what_is_no_file_of_a_guide(tmp_path):
+    vae, guide = trained_vae()
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    torch.save(guide.state_dict(), tmp_path / "state.pt")
+    for name in ("store.pt", "state.pt"):
+        with pytest.raises(ValueError, match=rf"{name}' is no file that guide.save\(path\) wrote"):
+            AutoAmortizedNormal.load(tmp_path / name, vae.model)
+    with pytest.raises(ValueError, match="the path comes first"):
+        AutoAmortizedNormal.load(vae.model, tmp_path / "store.pt")
