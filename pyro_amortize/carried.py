@@ -35,9 +35,9 @@ class Informing:
 
     Elements of a plate are known by their number where rows point to them by an index, where they stand in order, and
     where no observed site is in the plate: they are then those of groups or steps. Others are rows of data, which are
-    the same if the other call has all of them, and some argument that both calls hold for them is equal; where none
+    the same if the other call has all of them, and the arguments that both calls hold for them are equal; where none
     tells, they are taken to be the same if they are as many and without data of their own. Whichever they are, no
-    argument that both calls hold for them may differ; one of several plates tells against the innermost only.
+    argument that both calls hold for them may differ; one of several plates tells against the innermost for sure.
 
     Attributes:
         plan: The plan.
@@ -74,25 +74,35 @@ class Informing:
 
     def _compare(self, plate: Plate) -> bool | None:
         here, there = self._sizes(plate)
-        told = {name: self._agree(name) for name in self._arguments(plate.name)}
+        told = {name: self._agree(name, plate.name) for name in self._arguments(plate.name)}
         if any(agree is False and self._is_innermost(plate.name, name) for name, agree in told.items()):
             return False
         if self._is_numbered(plate.name):
             return True
-        if True in told.values():
+        if True in told.values() and False not in told.values():
             return here >= there
         return None if here == there and plate.name not in self.taken else False
 
-    def _agree(self, argument: str) -> bool | None:
-        """Whether an argument is equal in both calls, where both have elements and none is missing; None if unknown."""
+    def _agree(self, argument: str, plate: str) -> bool | None:
+        """Whether an argument is equal in both calls, where both have elements and none is missing.
+
+        None where that is not known, or tells nothing, as all elements have the same.
+        """
         one, other = (self._there(argument, call) for call in self.calls)
         if one is None or other is None:
             return None
         if one.dim() != other.dim():
             return False
         sizes = tuple(slice(min(pair)) for pair in zip(one.shape, other.shape, strict=True))
-        here = ~(one[sizes].isnan() | other[sizes].isnan())
-        return bool(torch.equal(one[sizes][here], other[sizes][here])) if bool(here.any()) else None
+        one, other = one[sizes], other[sizes]
+        plain = [call.tensors[argument][sizes].double().nan_to_num() for call in self.calls]
+        if torch.equal(*plain):  # of the same data, masks may cover other entries
+            one = other = plain[0]
+        here = ~(one.isnan() | other.isnan())
+        if not torch.equal(one[here], other[here]):
+            return False
+        rows = one.movedim(self.plan.rows.get(plate, {}).get(argument, 0), 0).nan_to_num()
+        return True if bool(here.any()) and bool((rows != rows[:1]).any()) else None
 
     def _there(self, argument: str, call: Call) -> Tensor | None:
         """Returns an argument of a call, NaN where a mask covers it; None if there is none, or it is a mask itself."""
@@ -101,7 +111,7 @@ class Informing:
         masks = {source.name for source in self.plan.masks.values() if source is not None}
         if value is None or (argument in masks and not sources):
             return None
-        value = value.double() if not value.is_floating_point() else value
+        value = value.double()
         for site in {source.feeds for source in sources if source.feeds in self.plan.masks}:
             source = self.plan.masks[site]  # type: ignore[index]
             mask = None if source is None else call.tensors.get(source.name)

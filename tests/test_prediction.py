@@ -139,6 +139,16 @@ def test_crossed_groups_and_new_pairs():
         assert agrees(draws[site], posterior.mean[site], posterior.stddev[site])
 
 
+def test_entries_of_a_matrix_that_were_held_out():
+    case = CASES["factorization"]
+    (ratings, mask), _ = case.example()
+    guide = ready(case.make(), ratings, mask, noise=0.1)
+    posterior = guide.posterior(ratings, mask)
+    draws = guide.predictive(ratings, ~mask, given=(ratings, mask), num_samples=NUM)
+    for site in ("u", "v"):
+        assert agrees(draws[site], posterior.mean[site], posterior.stddev[site])
+
+
 def test_two_levels_of_groups():
     case = CASES["pyramid"]
     model = case.make()
@@ -246,6 +256,19 @@ def test_groups_of_which_all_data_are_masked_are_warned_of():
     guide = ready(masked, *MASKED, noise=0.1)
     with pytest.warns(UserWarning, match="no data of this call inform 'level', .*As all are masked"):
         guide.predictive(torch.zeros(8, 3), NONE, torch.ones(8, 3), num_samples=2)
+
+
+def test_other_children_at_the_same_times():
+    case = CASES["visits"]
+    (y, times, seen), _ = case.example()
+    guide = ready(case.make(), y, times, seen, noise=0.1)
+    others = y.flip(0) + 1, times, seen.flip(0)
+    posterior = guide.posterior(*others)
+    draws = guide.predictive(*others, given=(y, times, seen), num_samples=NUM)
+    assert agrees(draws["level"], posterior.mean["level"], posterior.stddev["level"])
+    more = torch.zeros(20, 4), times[:1].expand(20, 4), torch.zeros(20, 4, dtype=torch.bool)
+    draws = guide.predictive(*more, given=(y, times, seen), num_samples=NUM)
+    assert agrees(draws["level"], torch.tensor(0.0), torch.tensor(1.0))
 
 
 def test_rows_of_minibatches():
