@@ -14,6 +14,8 @@ from pyro_amortize.structure import Labels, Source
 
 MOST_COLUMNS = 32
 """Columns of an argument beyond which they are tried together."""
+MOST_VALUES = 12
+"""Numbers at which an argument is tried for a threshold."""
 MOST_LABELS = 100_000
 """Labels beyond which there is no row of parameters for each."""
 
@@ -85,16 +87,18 @@ class LabelProbes:
         plain = leaf if leaf.is_floating_point() else leaf.to(self._dtype())
         base = self._run({name: plain})
         ranges = {group: _range(leaf, places, group) for group in groups}
-        limits: dict[_Columns, int | None]
-        if base is None:
-            if isinstance(self.failure, (TypeError, AssertionError)):  # as of range(lengths.max())
-                return {}
-            limits = {group: limit(group) for group in groups}
-            chosen = [group for group in groups if limits[group] is not None] or groups
-        else:
+        indexes = base is None and not isinstance(self.failure, (TypeError, AssertionError))  # as range(n.max()) raises
+        steps: dict[_Columns, bool | None] = dict.fromkeys(groups)
+        if base is not None:
             steps = {group: self._steps(name, plain, base, places, group) for group in groups}
-            limits = {group: limit(group) if step is not False else None for group, step in steps.items()}
-            chosen = [group for group in groups if steps[group] or limits[group] is not None]
+        limits = {group: None if steps[group] is False else limit(group) for group in groups}
+        chosen = [
+            group
+            for group in groups
+            if steps[group]
+            or (limits[group] is not None and (indexes or not self._is_threshold(name, leaf, places, group)))
+        ]
+        chosen = groups if indexes and not chosen else chosen
         free = [ranges[group] for group in chosen if limits[group] is None]
         found = {}
         for group in chosen:
@@ -121,12 +125,30 @@ class LabelProbes:
         down = moved(-0.25)
         return down is not None and self._same(up, down)
 
+    def _is_threshold(self, name: str, leaf: Tensor, places: Tensor, group: _Columns) -> bool:
+        """Tells of columns whether densities change but once when all numbers but the largest grow, as by a length."""
+        here, (_, top) = _are(places, group), _range(leaf, places, group)
+        values = leaf[here.expand(leaf.shape) & (leaf < top)].unique()[:MOST_VALUES]
+        runs = [self._run({name: torch.where(here & (leaf < top), value, leaf)}) for value in values]
+        found = [run for run in runs if run is not None]
+        if len(found) < 3:
+            return False
+        for i, base in enumerate(self.probes.bases):
+            for site in found[0][i]:
+                factors = [run[i][site] for run in found if site in run[i]]
+                if all(factor.shape == factors[0].shape for factor in factors):
+                    moves = torch.stack(factors).nan_to_num().diff(dim=0).abs() > base.noise
+                    if bool((moves.sum(0) > 1).any()):
+                        return False
+        return True
+
     def _limit(self, name: str, leaf: Tensor, places: Tensor, group: _Columns) -> int | None:
         """Returns the largest number that the model takes in some columns; None if there is no end in sight.
 
         Not on an accelerator, which an index that is out of range would leave unusable.
         """
-        if leaf.device.type != "cpu":
+        factors = self.probes.factors.values()
+        if leaf.device.type != "cpu" or any(site["log_prob"].device.type != "cpu" for site in factors):
             return None
         _, top = _range(leaf, places, group)
         here = _are(places, group) & (leaf == top)
@@ -193,10 +215,16 @@ def _whole_columns(leaf: Tensor, places: Tensor) -> Iterator[_Columns]:
     if not leaf.is_floating_point():
         yield from [(column,) for column in columns] if len(columns) <= MOST_COLUMNS else [columns]
     elif len(columns) <= MOST_COLUMNS:
-        whole = (leaf == leaf.round()) & (leaf.abs() < 2**24)
-        yield from ((column,) for column in columns if bool((whole | ~_are(places, (column,))).all()))
+        whole = leaf.isnan() | ((leaf == leaf.round()) & (leaf.abs() < 2**24))
+        for column in columns:
+            here = _are(places, (column,)).expand(leaf.shape)
+            if (
+                bool(whole[here].all()) and len(leaf[here].nan_to_num().unique()) > 2
+            ):  # two numbers do as well as labels
+                yield (column,)
 
 
 def _range(leaf: Tensor, places: Tensor, group: _Columns) -> _Range:
     values = leaf[_are(places, group).expand(leaf.shape)]
+    values = values[~values.isnan()]
     return int(values.min()), int(values.max())

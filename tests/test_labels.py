@@ -59,6 +59,7 @@ LOOKED_UP = {
     "gather": lambda y, g: local(y, TABLE.gather(0, g)),
     "numpy": lambda y, g: local(y, torch.as_tensor(TABLE.numpy()[g.numpy()])),
     "dict": lambda y, g: local(y, torch.stack([dict(enumerate(TABLE))[int(k)] for k in g])),
+    "list": lambda y, g: local(y, torch.stack([list(TABLE)[k] for k in g])),
     "comparison": lambda y, g: local(y, torch.where(g == 2, 3.0, 0.0)),
     "comparisons": lambda y, g: local(y, sum(TABLE[k] * (g == k) for k in range(COUNT))),
     "bool": lambda y, g: local(y, torch.where(g.bool(), 3.0, 0.0)),
@@ -77,6 +78,27 @@ def test_what_is_looked_up_is_a_label(model):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.float32, torch.float64], ids=str)
 def test_labels_of_every_dtype(dtype):
     assert labels(lambda y, g: local(y, TABLE[g.long()]), Y, LABEL.to(dtype))["g"] == (Labels(0, COUNT),)
+
+
+def series(y, n, before):
+    with pyro.plate("series", len(n), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        seen = before(n)
+        with pyro.plate("steps", len(seen), dim=-2), poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[: len(seen)])
+
+
+LENGTHS = {
+    "all steps": lambda n: torch.arange(5)[:, None] < n,
+    "steps up to the longest": lambda n: torch.arange(n.max())[:, None] < n,
+    "step by step": lambda n: torch.stack([t < n for t in range(n.max())]),
+}
+
+
+@pytest.mark.parametrize("before", LENGTHS.values(), ids=LENGTHS)
+def test_lengths_are_numbers(before):
+    y, n = torch.randn(5, 8), torch.tensor([5, 2, 3, 4, 5, 1, 3, 2])
+    assert labels(series, y, n, before)["n"] == ()
 
 
 NUMBERS = {
@@ -119,6 +141,18 @@ def test_columns_of_one_argument_are_told_apart():
         plan = plan_amortization(model, Y, rows)
         assert plan.blocks[0].sources[1].labels == (None, Labels(0, COUNT), None)
         assert plan.blocks[0].features == 1 + 1 + COUNT + 1
+
+
+def test_missing_labels_in_a_column_of_floats():
+    def model(y, g):
+        local(y, torch.where(g.isnan(), 0.0, TABLE[g.nan_to_num().long()]))
+
+    g = torch.where(torch.arange(len(LABEL)) == 3, torch.nan, LABEL)
+    assert labels(model, Y, g)["g"] == (Labels(0, COUNT),)
+    guide = AutoAmortizedNormal(model)
+    fit_svi(model, guide, Y, g, num_steps=3, progress=False)
+    assert guide.plan.blocks[0].features == 1 + COUNT + 1
+    assert guide.posterior(Y, g).mean["z"].isfinite().all()
 
 
 def test_too_many_labels_stay_a_number_and_that_is_said():
