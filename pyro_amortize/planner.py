@@ -20,6 +20,7 @@ from pyro_amortize.levels import Level, Ways
 from pyro_amortize.parameters import preserved
 from pyro_amortize.plan import FUNCTION, AmortizationPlan, Block, Reach, Verdict
 from pyro_amortize.remedies import fitting_argument, fitting_axes, instead_of_table
+from pyro_amortize.sight import Sight
 from pyro_amortize.structure import Site, Source, Structure
 from pyro_amortize.verdict import Judge, one_answer, related_to
 
@@ -148,6 +149,7 @@ class _Planner:
         }
         self.locals |= self._taken_at_their_word()
         self.others = [s for s in facts.sites.values() if s.foreign and not s.fixed and self._is_local(s)]
+        self.sight = Sight(facts, self.ways, self._is_by_table)
         self.judge = Judge(facts, self.ways, self.sources, self._is_by_table, self._is_by_function)
 
     def plan(self) -> AmortizationPlan:
@@ -319,7 +321,7 @@ class _Planner:
         related = related_to(together, self.facts)
         rows = [site for n in related if (site := self.facts.sites[n]).observed]
         found = [source for source in self.sources if source.reaches & related]
-        found += [source for source in self._indices(target, together, rows) if source not in found]
+        found += [source for source in self.sight.indices(target, together, rows) if source not in found]
         contexts = {frozenset(site.plates) for site in together.values() if site.plates or not site.enumerated}
         contexts -= {frozenset(target)}
         coarser = [level for level in contexts if self.ways.covers(target, level)] if target else []
@@ -337,49 +339,12 @@ class _Planner:
             missing = {s.name for s in found} - {s.name for s in picked}
             found = picked
         if not isinstance(self._encoder_of(name, sites), DeepSets):
-            found = [self._whole(source, target, together) for source in found]
+            found = [self.sight.whole(source, target, together) for source in found]
         found += drawn
         levels = self.ways.levels(target, found, rows, sorted(coarser, key=sorted))
         if not any(level.sources for level in levels):
             self._refuse_dataless(sites[0], chosen)
         return levels, missing
-
-    def _whole(self, source: Source, target: tuple[str, ...], together: dict[str, Site]) -> Source:
-        """Makes plates of data features of a row of the target's, where pooling over them would lose which is which."""
-        if not target or not set(target) <= set(source.plates):
-            return source
-        sizes = tuple(
-            (name, self.facts.plates[name].size)
-            for name, index in zip(source.plates, source.through or (None,) * len(source.plates), strict=True)
-            if name not in target and index is None and self._is_told_apart(name, target, together)
-        )
-        return replace(source, whole=sizes, labels=source.labels * math.prod(size for _, size in sizes))
-
-    def _is_told_apart(self, name: str, target: tuple[str, ...], together: dict[str, Site]) -> bool:
-        """Whether elements of a plate of data are not alike: the model knows them, or has a table for them."""
-        plate = self.facts.plates[name]
-        if plate.first is not None or plate.size < plate.full_size:
-            return False
-        if self.facts.hidden[name] or any(name in site.own for site in together.values()):
-            return True
-        return self._holds_table(name, target, related_to(together, self.facts))
-
-    def _holds_table(self, plate: str, target: tuple[str, ...], related: set[str]) -> bool:
-        """Whether a latent that informing data depend on has a table with a row for each element of a plate."""
-        return any(
-            plate in site.plates and not set(target) & set(site.plates) and site.children & related
-            for site in self.facts.latents
-            if self._is_by_table(site)
-        )
-
-    def _indices(self, target: tuple[str, ...], together: dict[str, Site], rows: list[Site]) -> list[Source]:
-        """Returns the indices that tell to which row of a table each row of data belongs."""
-        related, found = related_to(together, self.facts), list[Source]()
-        for link in self.facts.links:
-            there = any(set(link.rows) <= set(row.plates) and self.ways.covers(row.plates, target) for row in rows)
-            if target and there and self._holds_table(link.to, target, related):
-                found += [s for s in self.facts.sources if s.name == link.argument and s.labels and s not in found]
-        return found
 
     def _is_by_table(self, site: Site) -> bool:
         return (site.name not in self.locals or self._has_table(site)) and not site.enumerated

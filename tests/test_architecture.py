@@ -47,6 +47,7 @@ ORDER = [
     {"examination"},
     {"plan", "inputs", "storage"},
     {"verdict", "reading", "carried", "answering", "remedies", "changes"},
+    {"sight"},
     {"planner", "building", "prediction", "uninformed"},
     {"handler"},
     {"guides"},
