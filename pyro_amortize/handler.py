@@ -121,7 +121,7 @@ class GuidedRun(Messenger):
             if self._inside or not self._beyond or not self._is_covered():
                 raise  # else a forecast, of which the model's own run shows what comes after the latents
             self._exit_after = frozenset()
-        self._uninformed.warn(self._kind_of_call(), self.guide._warned)
+        self._uninformed.warn(self._kind_of_call, self.guide._warned)
         if self._exit_after is None:
             if self.known is None:
                 refuse_other_groups(type(self.guide).__name__, self.plan.groups, self.values, self._partial)

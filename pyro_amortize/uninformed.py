@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from pyro_amortize.calls import Call
@@ -42,10 +43,9 @@ class Uninformed:
         feeding = {s.name for s in block.sources if s.feeds is not None and s.axes is not None}
         return len({self.call.leaves.get(name) is None for name in feeding}) > 1
 
-    def warn(self, call: Any, told: set[Any]) -> None:
-        """Warns of the blocks, once for each kind of call of which it has not been told."""
-        key = (call, self.informed, *self.blocks)
-        if not self.blocks or key in told:
+    def warn(self, kind_of_call: Callable[[], Any], told: set[Any]) -> None:
+        """Warns of the blocks, once for each kind of call, which ``told`` remembers."""
+        if not self.blocks or (key := (kind_of_call(), self.informed, *self.blocks)) in told:
             return
         told.add(key)
         blocks = self.blocks.values()
