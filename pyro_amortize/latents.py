@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortize.held import Base, Change, kind_of
-from pyro_amortize.probes import Probes, spread_out
+from pyro_amortize.probes import Probes, some_places, spread_out
 from pyro_amortize.structure import Link, Plate, Site
 from pyro_amortize.supports import (
     bijection,
@@ -159,8 +159,7 @@ class LatentProbes:
     def _with_gaps(self) -> Iterator[dict[str, Tensor]]:
         """Yields arguments that may stand for less data: flags and counts lowered, numbers that are NaN, in places."""
         for name, leaf in self.probes.held.call.tensors.items():
-            torch.manual_seed(8)
-            places = (torch.rand(leaf.shape) < 0.5).to(leaf.device)
+            places = some_places(leaf, 8)
             if leaf.is_floating_point():
                 yield {name: leaf.masked_fill(places, torch.nan)}
             yield {name: torch.where(places, leaf.new_zeros(()), leaf)}

@@ -164,6 +164,13 @@ class Probes:
         return leaf.movedim(axes, tuple(range(len(axes)))).reshape(*(plate.size for plate in plates), -1).cpu()
 
 
+def some_places(leaf: Tensor, seed: int) -> Tensor:
+    """Marks half of a tensor's entries, one at least, always the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(leaf.numel(), generator=generator).reshape(leaf.shape)
+    return (order < (leaf.numel() + 1) // 2).to(leaf.device)
+
+
 def spread_out(numbers: Tensor, plates: Sequence[Plate]) -> Tensor:
     """Brings a tensor with an axis a plate, outer to inner, to the plates' own dims."""
     shape = [1] * max(-plate.dim for plate in plates)

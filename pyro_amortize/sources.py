@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro.poutine.util import site_is_factor
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from pyro_amortize.held import Change, kind_of, site_cells
 from pyro_amortize.missing import has_nan, present_entries, takes_nan
-from pyro_amortize.probes import Probes
+from pyro_amortize.probes import Probes, some_places
 from pyro_amortize.structure import Plate, Source
 
 PAIRS = 3
 """How often a row of an argument is written over another."""
+ODD = (torch.nan, -1e6, 1e6, 0.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 99.0, 999.0, 9999.0)
+"""Numbers that stand for what is missing, or that models leave out."""
 
 
 @dataclass(frozen=True)
@@ -349,31 +352,51 @@ class SourceProbes:
             return None
         plates = tuple(self.probes.frames(name))
         beside = (s for s in sources if s.axes is not None and s.plates == tuple(plate.name for plate in plates))
-        return next((source.name for source in beside if self._is_mask(name, source, plates)), "")
+        fed = next((s.name for s in sources if s.feeds == name and s.axes is not None), None)
+        return next((source.name for source in beside if self._is_mask(name, source, fed, plates)), "")
 
-    def _is_mask(self, name: str, source: Source, plates: tuple[Plate, ...]) -> bool:
-        """Tells whether a site's mask is a source, as it stands and changed: its truth, or where its data are NaN."""
+    def _is_mask(self, name: str, source: Source, fed: str | None, plates: tuple[Plate, ...]) -> bool:
+        """Tells whether a site's mask is a source, as it stands and changed: its truth, or where its data are NaN.
+
+        The site's data, ``fed``, are changed with it, to numbers that a model may take for missing: then the mask is
+        more than that.
+        """
         leaf = self.probes.held.call.tensors[source.name]
-        truth = source.feeds != name
+        truth = source.name != fed
         if not (bool(((leaf == 0) | (leaf == 1)).all()) if truth else leaf.is_floating_point()):
             return False
-        torch.manual_seed(3)
-        some = torch.rand(leaf.shape) < 0.5
-        changed = torch.where(some.to(leaf.device), torch.zeros_like(leaf) if truth else torch.nan, leaf)
-        for value in (leaf, changed):
-            if value is changed and self.probes.changed(leaves={source.name: value}) is None:
+        if not self._shows(leaf, truth, source, self.probes.factors[name], plates):
+            return False
+        lowered = {source.name: torch.where(some_places(leaf, 3), torch.zeros_like(leaf), leaf)} if truth else {}
+        for odd in self._with_odd_numbers(fed):
+            changed = {**lowered, **odd}
+            if self.probes.changed(leaves=changed) is None:
                 return False
-            site = self.probes.factors[name] if value is leaf else self.probes.last[name]
-            mask = present_entries(site)
-            there = self._picked(value != 0 if truth else ~value.isnan(), source.axes or (), source.through)
-            cells = self.probes.cells(there, source.axes or (), plates)
-            if cells is None or (mask is None and not bool(cells.all())):
+            if not self._shows(changed[source.name], truth, source, self.probes.last[name], plates):
                 return False
-            if mask is not None:
-                mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
-                if cells.numel() != mask.numel() or not torch.equal(cells.reshape(mask.shape), mask):
-                    return False
         return True
+
+    def _with_odd_numbers(self, name: str | None) -> Iterator[dict[str, Tensor]]:
+        """Yields an argument with odd numbers in places, so often that all of these are tried; whole numbers stay."""
+        data = None if name is None else self.probes.held.call.tensors[name]
+        if name is None or data is None or not data.is_floating_point() or not data.numel():
+            yield {}
+            return
+        places = some_places(data, 4)
+        count = int(places.sum())
+        for start in range(0, len(ODD), count):
+            changed = data.clone()
+            changed[places] = data.new_tensor([ODD[(start + i) % len(ODD)] for i in range(count)])
+            yield {name: changed}
+
+    def _shows(self, leaf: Tensor, truth: bool, source: Source, site: Any, plates: tuple[Plate, ...]) -> bool:
+        """Tells whether an argument shows which entries of a site count."""
+        there = self._picked(leaf != 0 if truth else ~leaf.isnan(), source.axes or (), source.through)
+        cells, mask = self.probes.cells(there, source.axes or (), plates), present_entries(site)
+        if cells is None or mask is None:
+            return cells is not None and bool(cells.all())
+        mask = site_cells(mask, len(site["fn"].event_shape), plates).cpu()
+        return cells.numel() == mask.numel() and torch.equal(cells.reshape(mask.shape), mask)
 
     def is_masked_by_cell(self, source: Source) -> bool:
         """Changes an argument where the mask of the site that it enters covers it; tells whether nothing moves."""

@@ -316,3 +316,20 @@ def test_a_mask_over_data_that_were_under_none_is_refused():
     guide.posterior(y, torch.ones(8, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"site 'y' is under a mask in this call, but was under none.*initialize"):
         guide.posterior(y, mask)
+
+
+def test_coefficients_that_are_switched_off_have_their_prior():
+    """Flags of three global coefficients, all on at first: so few that a change to some has to be sure."""
+
+    def model(x, y, on):
+        with pyro.plate("k", 3), poutine.mask(mask=on):
+            b = pyro.sample("b", dist.Normal(0.0, 2.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal((x * on) @ b, 1.0), obs=y)
+
+    x, y = torch.randn(20, 3), torch.randn(20)
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(x, y, torch.ones(3, dtype=torch.bool))
+    assert guide.plan.idle == ("b",)
+    answer = guide.posterior(x, y, torch.tensor([True, True, False])).stddev["b"]
+    assert (answer == 2.0).tolist() == [False, False, True]

@@ -246,3 +246,25 @@ def test_what_is_imputed_below_an_enumerated_latent_is_told():
         guide = AutoAmortizedNormal(model, encoder=encoder)
         guide.initialize(*args)
         assert (guide.posterior(*args).stddev["z"] == 2.0).tolist() == (~mask).tolist()
+
+
+@pytest.mark.parametrize(
+    "there", [lambda y: y > -90, lambda y: (y != -99) & ~y.isnan(), lambda y: ~y.isnan()], ids=["above", "two", "nan"]
+)
+@pytest.mark.parametrize("first", ["all", "some"])
+def test_a_mask_of_numbers_that_stand_for_missing(there, first):
+    """The plan does not take it for one of NaN alone, whatever the first call held."""
+
+    def model(y):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0))
+            mask = there(y)
+            with poutine.mask(mask=mask):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=torch.where(mask, y, 0.0))
+
+    whole, odd = torch.randn(7), torch.tensor([-99.0, 0.5, NAN, 1.0, -0.3, NAN, -99.0])
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(whole if first == "all" else odd)
+    answer = guide.posterior(odd)
+    assert torch.equal(answer.stddev["z"] == 2.0, ~there(odd))
+    assert answer.mean["z"].isfinite().all()
