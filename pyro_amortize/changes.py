@@ -56,8 +56,8 @@ def refuse_lost(kind: str, plan: AmortizationPlan, seen: set[str]) -> None:
 
 def _changed(kind: str, name: str, now: str, then: str) -> str:
     return (
-        f"{kind}: site '{name}' {now}; when the guide was made it was {then}. The model is not the one that the guide "
-        f"was trained for: load it with that one, {kind}.load(path, model), or train a new guide."
+        f"{kind}: site '{name}' {now}; when the guide was made it was {then}. With these arguments the model is not "
+        f"the one that the guide was trained for: load it with that one, {kind}.load(path, model), or train another."
     )
 
 

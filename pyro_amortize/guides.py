@@ -513,7 +513,8 @@ class AutoAmortized(AutoGuide):
         if _is_module_local_param_enabled():
             return self._pyro_name
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        fresh = self._versions == [p._version for p in self.parameters()]
+        unnamed = self._registration.name is None
+        fresh = unnamed and self._versions == [p._version for p in self.parameters()]
         return self._registration.update(self._pyro_name, {**trained, **dict(self.named_buffers())}, fresh)
 
     def _announce(self) -> None:

@@ -22,6 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 _put: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What guides have put into the store: for each tensor there the registration, and the tensor that it stands for."""
 
+CODERS = ".coders.["
+"""Where in a parameter's name that of its guide ends."""
+
 
 class Registration:
     """The place of one guide in the param store.
@@ -107,10 +110,25 @@ class Registration:
                     stacklevel=2,
                 )
             return fitting[0]
+        if takes:
+            self._warn_of_others(base)
         number = 0
         while (name := f"{base}_{number}" if number else base) in found:
             number += 1
         return name
+
+    def _warn_of_others(self, base: str) -> None:
+        """Warns of a loaded guide that has another name, which is left where it is."""
+        held = pyro.get_param_store()._params.items()
+        others = {name.partition(CODERS)[0] for name, value in held if CODERS in name and value not in _put}
+        if others:
+            warnings.warn(
+                f"{self.kind}: the param store holds loaded parameters of a guide '{min(others)}', which this guide, "
+                f"'{base}', does not take: it starts untrained. Guides are found again by the name of their class. "
+                f"Make this one of that class, or save by guide.save(path) and load by {self.kind}.load(path, model).",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _misfit(self, name: str, held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
         there, here = _shapes(held), _shapes(tensors)

@@ -132,6 +132,13 @@ def test_of_several_loaded_guides_the_first_is_taken_and_that_is_said(tmp_path):
     assert same(values(other), values(second))
 
 
+def test_a_loaded_guide_of_another_class_is_not_taken_and_that_is_said(saved):
+    guide = AutoAmortized(model)
+    with pytest.warns(UserWarning, match=r"a guide 'AutoAmortizedNormal', which this guide, 'AutoAmortized', does not"):
+        guide.initialize(X)
+    assert not same(values(guide), values(saved))
+
+
 def test_a_guide_whose_name_was_another_s_is_found_again(tmp_path):
     trained(1)
     second = trained(3)
@@ -193,14 +200,13 @@ def test_references_start_afresh_whatever_was_loaded(tmp_path):
         compare_inference(model, X, methods=("amortized", "mean_field"), svi={"num_steps": 1, "progress": False})
         amortization_gap(model, guide, X, num_steps=1, num_draws=10, num_annealed=0, progress=False)
 
-    guide = AutoAmortized(model)
+    guide, other = AutoAmortized(model), AutoAmortizedNormal(model, encoder=MLP((3,)))
     guide(X)
+    other.initialize(X)
     pyro.get_param_store().save(tmp_path / "store.pt")
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store.pt")
     before = dict(pyro.get_param_store()._params)
-    other = AutoAmortizedNormal(model, encoder=MLP((3,)))
-    other.initialize(X)
     at_work(other)
     assert all(pyro.get_param_store()._params[name] is value for name, value in before.items())
 
