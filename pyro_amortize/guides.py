@@ -274,9 +274,9 @@ class AutoAmortized(AutoGuide):
         Runs in eval mode, without gradients, and leaves the model before its decoder. Data are prepared and encoded
         some rows at a time, so that beside data and answer, memory does not grow with their number; a reader of series
         and links between plates see all of theirs at once, though. Where a site's support depends on another latent,
-        it is taken at that latent's median, and in draws at its draw. So is the prior of elements without data at the
-        medians of the latents above them, with whose draws :meth:`predictive` alone is joint. Draws hold the sites
-        that are summed out too, given the other draws and the data.
+        it is taken at that latent's median, and in draws and moments at its draws. So is the prior of elements without
+        data at the medians of the latents above them, with whose draws :meth:`predictive` alone is joint. Draws hold
+        the sites that are summed out too, given the other draws and the data.
 
         Raises:
             RuntimeError: The guide has no parameters yet.
@@ -295,7 +295,8 @@ class AutoAmortized(AutoGuide):
         deterministic = partial(self._deterministic, args, kwargs, answer)
         others = Others(answer.series(self.plan), self.plan.without_answer, deterministic)
         given = partial(self._given_values, args, kwargs, answer) if self.plan.moving else None
-        return Posterior(answer.found, answer.plates, discrete, joint, others, given)
+        moving = [name for name in answer.found if self.plan.turn_of(name)[0] in self.plan.moving]
+        return Posterior(answer.found, answer.plates, discrete, joint, others, given, moving)
 
     @named
     def predictive(

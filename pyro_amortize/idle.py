@@ -38,7 +38,12 @@ def left_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], si
         why = why_unreached(site) if drawn else ""
         if not why:
             continue
-        if not can_be_drawn(site["fn"]) or _moves_others(model, args, kwargs, values, name, site["fn"].sample()):
+        try:
+            needed = not can_be_drawn(site["fn"])
+            needed = needed or _moves_others(model, args, kwargs, values, name, site["fn"].sample())
+        except NotImplementedError:  # it has no density
+            needed = True
+        if needed:
             raise ValueError(f"run_mcmc: {why}")
         left[name] = site["value"]
     return left
@@ -120,8 +125,8 @@ def idle_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], si
     masks = {name: mask for name, mask in found if mask is not None and not bool(mask.all())}
     values = {name: site["value"] for name, site in latents.items()}
 
-    def isidle_latents(name: str, mask: Tensor) -> bool:
+    def is_idle(name: str, mask: Tensor) -> bool:
         other = torch.where(mask, values[name], generic_value(latents[name]))
         return not _moves_others(model, args, kwargs, values, name, other, own=True)
 
-    return [name for name, mask in masks.items() if isidle_latents(name, mask)]
+    return [name for name, mask in masks.items() if is_idle(name, mask)]

@@ -20,6 +20,7 @@ from pyro_amortize import arviz_bridge
 from pyro_amortize.arguments import check_count, check_given, check_model, named
 from pyro_amortize.calls import Model
 from pyro_amortize.capture import Uncapturable
+from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.idle import Left, WithPrior, beside, idle_latents, left_latents
 from pyro_amortize.missing import refuse_nan
 from pyro_amortize.nuts import Chain, NutpieChains, Target, import_nutpie, pyro_chain
@@ -222,6 +223,7 @@ def run_mcmc(
     Raises:
         ValueError: A plate of the model subsamples, an option is out of range, ``given`` or ``start`` names no latent,
             or a latent has no bijection from the reals or is an angle.
+        RuntimeError: ``start`` is a guide without parameters.
         ImportError: ``engine="nutpie"``, and it is not installed.
     """
     if engine not in ENGINES:
@@ -331,6 +333,9 @@ def _starts(
             f"run_mcmc: start is a {type(start).__name__}. Expected a trained guide, that of a fit is "
             f"start=fit.guide, or a dict from site to value."
         )
+
+    if isinstance(start, AutoAmortized) and start.plan is None:
+        raise RuntimeError("run_mcmc: start has no parameters yet. Train it: fit_svi(model, start, ...).")
 
     def drawn(seed: int) -> dict[str, Tensor]:
         with preserved(start, evaluating=True), torch.no_grad(), poutine.block():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import pyro.distributions as dist
@@ -29,8 +29,8 @@ LIMIT = 2**21  # numbers that are held at once beside data and answers
 class Posterior:
     """q(latents | data): a distribution a site, all independent given the data.
 
-    But for this: a site whose support depends on another latent is drawn, and has its density, within the support that
-    the other's value leaves it; all else here is at the other's median.
+    But for this: a site whose support depends on another latent is drawn, and has its moments and density, within the
+    support that the other's values leave it; its median and quantiles are at the other's median.
 
     Values are in constrained space and have the shapes of the model's sites, plates included. Sites that the guide
     leaves to the model (imputed observations, forecasts) are not here; ``guide.predictive`` draws them. Discrete
@@ -50,6 +50,7 @@ class Posterior:
         joint: Draws so many times from all sites of the guide. None if these are independent.
         others: What there is to say of other names.
         given: Returns the distributions of all sites given values of some. None if these are independent.
+        moving: Sites whose support depends on another latent.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Posterior:
         joint: Callable[[int], dict[str, Tensor]] | None = None,
         others: Others | None = None,
         given: Callable[[Mapping[str, Tensor]], Mapping[str, Any]] | None = None,
+        moving: Collection[str] = (),
     ) -> None:
         self.sites = dict(sites)
         self.plates = dict(plates)
@@ -67,7 +69,7 @@ class Posterior:
         self.joint = joint
         self.others = others or Others()
         self._deterministic: dict[str, Derived] | None = None
-        self.given = given
+        self.given, self.moving = given, tuple(moving)
 
     @property
     def _continuous(self) -> dict[str, Any]:
@@ -79,13 +81,13 @@ class Posterior:
 
         Of the sites that the guide samples; those that are summed out have draws only.
         """
-        found = {name: _moments(fn)[0] for name, fn in self._continuous.items()}
+        found = {name: self._moments(name, fn)[0] for name, fn in self._continuous.items()}
         return self._answers("mean", found, self._fixed_draws, lambda draws: draws.mean(0))
 
     @property
     def stddev(self) -> Answers:
         """Posterior standard deviations, found as the means are."""
-        found = {name: _moments(fn)[1] for name, fn in self._continuous.items()}
+        found = {name: self._moments(name, fn)[1] for name, fn in self._continuous.items()}
         return self._answers("stddev", found, self._fixed_draws, lambda draws: draws.std(0))
 
     @property
@@ -179,6 +181,17 @@ class Posterior:
         if what == "probs":
             return "is continuous: it has a mean"
         return f"is discrete: it has posterior.probs[{example!r}], and draws"
+
+    def _moments(self, name: str, fn: Any) -> tuple[Tensor, Tensor]:
+        if name not in self.moving:
+            return _moments(fn)
+        return self._joint_draws[name].mean(0), self._joint_draws[name].std(0)
+
+    @cached_property
+    def _joint_draws(self) -> dict[str, Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self._draw(DRAWS)
 
     def _fixed_draws(self) -> dict[str, Derived]:
         """Returns draws of deterministic sites, of a fixed seed."""
@@ -428,7 +441,12 @@ def _quantiles(fn: Any, quantiles: Sequence[float] | Tensor) -> Tensor:
         return torch.where(_on_values(fn), own, _prior_quantiles(fn.component0, torch.as_tensor(quantiles).to(own)))
     base, transforms = normal_underneath(fn)  # type: ignore[misc]
     levels = torch.as_tensor(quantiles, dtype=base.loc.dtype, device=base.loc.device)
-    return _mapped(base.icdf(levels.reshape((-1,) + (1,) * base.loc.dim())), transforms)
+    levels = levels.reshape((-1,) + (1,) * base.loc.dim())
+    values = _mapped(base.icdf(levels), transforms)
+    if ComposeTransform(list(transforms)).domain.event_dim:
+        return values
+    low, high = (_mapped(base.icdf(torch.full_like(levels[:1], level)), transforms) for level in (0.25, 0.75))
+    return torch.where(low <= high, values, _mapped(base.icdf(1 - levels), transforms))  # where bijections decrease
 
 
 def _mapped(value: Tensor, transforms: Sequence[Transform]) -> Tensor:

@@ -52,7 +52,7 @@ class Unconstrained(Messenger):
         if name not in self.values:
             return
         transform, raw = bijection(msg), self.values[name]
-        raw = raw.expand(torch.broadcast_shapes(raw.shape, transform.inverse_shape(msg["fn"].shape())))
+        raw = raw.expand(transform.inverse_shape(transform.forward_shape(raw.shape)))
         value = transform(raw)
         self.log_det[name] = transform.log_abs_det_jacobian(raw, value)
         self.transforms[name], self.reached[name] = transform, value

@@ -32,6 +32,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
+from torch.distributions.transforms import AffineTransform
 
 TOTAL = 40
 STEPS = 4
@@ -215,6 +216,23 @@ def supports(x):
         vector = pyro.sample("vector", dist.LogNormal(torch.zeros(2, 3), 1.0).to_event(2))
         total = positive + unit + pair.sum(-1) + simplex[..., 0] + cholesky[..., 1, 0] + interval
         pyro.sample("x", dist.Normal(total + vector.sum((-2, -1)), 1.0), obs=x)
+
+
+@zoo(reals(), {"high": {"x"}, "z": {"x"}}, tables=("low",))
+def moving_support(x):
+    low = pyro.sample("low", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", len(x)):
+        high = pyro.sample("high", dist.Gamma(torch.tensor(3.0), 1.0))
+        z = pyro.sample("z", dist.Uniform(low, low + high))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@zoo(reals(), {"rate": {"x"}})
+def shifted_prior(x):
+    with pyro.plate("n", len(x)):
+        shift = AffineTransform(torch.tensor(2.0), -1.0)
+        rate = pyro.sample("rate", dist.TransformedDistribution(dist.Gamma(torch.tensor(2.0), 1.0), shift))
+        pyro.sample("x", dist.Normal(rate, 1.0), obs=x)
 
 
 @zoo(reals(), {"z": {"x"}}, tables=("weights", "scale", "corr"))

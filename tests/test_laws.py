@@ -627,7 +627,7 @@ def test_median_quantiles_and_posterior_agree(name):
         assert posterior.log_prob({site: draws[site]})[site].shape == (2000, *posterior.sites[site].batch_shape)
         error = 5 * draws[site].std(0) * (1 / 2000 + 1 / 4096) ** 0.5 + 1e-5
         assert bool(((draws[site].mean(0) - posterior.mean[site]).abs() < error).all())
-        if posterior.sites[site].event_dim == 0:
+        if posterior.sites[site].event_dim == 0 and site not in guide.plan.moving:  # whose quantiles are conditional
             below = (draws[site] < quantiles[site][0]).float().mean(0)
             assert bool(((below - 0.1).abs() < 5 * (0.09 / 2000) ** 0.5).all())
 

@@ -250,6 +250,12 @@ class TestStart:
         with pytest.raises(ValueError, match=r"start is a SVIFit.*start=fit.guide"):
             run_mcmc(ordered, self.Y, start=fit, **SHORT)
 
+    def test_a_guide_without_parameters_is_refused(self):
+        guide = AutoAmortizedNormal(ordered)
+        with pytest.raises(RuntimeError, match="start has no parameters yet. Train it"):
+            run_mcmc(ordered, self.Y, start=guide, **SHORT)
+        assert guide.plan is None
+
     def test_no_start_to_be_found(self):
         def nowhere():
             pyro.sample("z", dist.Normal(0.0, 1.0))
