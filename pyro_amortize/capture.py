@@ -305,7 +305,10 @@ def _lifted(module: fx.GraphModule) -> list[Tensor]:
             with where:
                 places[node.target] = module.graph.placeholder(f"constant_{len(places)}")
             last = [places[node.target]]
-            constants[node.target] = getattr(module, node.target).detach()
+            held = getattr(module, node.target)
+            if not isinstance(held, Tensor):
+                raise Uncapturable(f"it holds a {type(held).__name__} of its own")
+            constants[node.target] = held.detach()
         node.replace_all_uses_with(places[node.target])
         module.graph.erase_node(node)
     module.recompile()

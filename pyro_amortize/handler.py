@@ -96,7 +96,7 @@ class GuidedRun(Messenger):
         self._outside = [-1 - i for i, frame in enumerate(_DIM_ALLOCATOR._stack) if frame is not None]  # of particles
         self._informed = known is not None and known.informing is not None
         self._uninformed = Uninformed(self.plan, self.call, self._informed, kind)
-        self._new_rows: dict[str, str] = {}
+        self._new_rows: dict[str, Block] = {}
         self._looks_for_masks = False
         self._beyond: set[str] = set()
         self._partial: set[str] = set()
@@ -320,11 +320,11 @@ class GuidedRun(Messenger):
     def _refuse_new_rows(self, msg: Any) -> None:
         """Refuses data of elements that have no row in a table, since these are not those of the call that informs."""
         for plate in (plate for plate in plates_of([msg]) if plate in self._new_rows):
-            site = self._new_rows[plate]
+            block = self._new_rows[plate]
             raise ValueError(
-                f"{type(self.guide).__name__}: '{site}' has a table, which cannot answer for the new elements of plate "
-                f"'{plate}', but this call has data of them, at site '{msg['name']}'. Leave these out, or use an "
-                f"encoder: AutoAmortizedNormal(model, encoder={{'{site}': MLP()}})."
+                f"{type(self.guide).__name__}: '{block.sites[0]}' has a table, which cannot answer for new elements "
+                f"of plate '{plate}', but this call has data of them, at site '{msg['name']}'. Leave these out, or: "
+                f"{block.remedy}."
             )
 
     def _refuse_new_mask(self, msg: Any) -> None:
@@ -391,7 +391,7 @@ class GuidedRun(Messenger):
         _, turn = self.plan.turn_of(msg["name"])
         plates = {name: around[name] for name in block.plates if name not in turn}
         if self._informed and block.plates and not block.amortized:
-            self._new_rows |= dict.fromkeys(block.plates, block.sites[0])
+            self._new_rows |= dict.fromkeys(block.plates, block)
             return None
         coder = self.guide.coder_of(block)
         seen = plates.get(block.reach.plate) if block.reach else None

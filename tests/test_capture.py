@@ -32,6 +32,11 @@ class TestRecord:
         torch.testing.assert_close(by_x, v * (y * v).exp())
         torch.testing.assert_close(by_w, y * (y * v).exp())
 
+    def test_a_generator_of_the_program_s_own_is_refused(self):
+        generator, x = torch.Generator(), torch.zeros(3)
+        with pytest.raises(Uncapturable, match="it holds a Generator of its own"):
+            record(lambda: [x + torch.randn(3, generator=generator)], [x])
+
     def test_tensors_from_elsewhere_are_read_where_they_live(self):
         shift, x = torch.tensor(1.0), torch.zeros(3)
         graph = record(lambda: [x + shift], [x])
