@@ -12,8 +12,9 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
-from pyro_amortize.held import PLACES, Base, HeldRun, all_finite, factors_of, places
+from pyro_amortize.held import Base, HeldRun, all_finite, factors_of, places
 from pyro_amortize.loops import find_loops
+from pyro_amortize.places import PLACES
 from pyro_amortize.probes import Probes
 from pyro_amortize.structure import Family, Plate
 from pyro_amortize.supports import is_delta, undressed
@@ -109,7 +110,10 @@ class _Search:
             return
         shown = _wholly_finite(base)
         shown |= {("latent", name, site) for name in base.latents for site in base.reached((name,))}
-        self.shown.append((base, shown.union(*(_moved_by(base, name) for name in base.held.call.tensors))))
+        for name in base.held.call.tensors:
+            shown |= _moved_by(base, name)
+            self.wanted |= {("argument", name, site) for site in base.altered()}
+        self.shown.append((base, shown))
 
     def _missing(self) -> set[Edge]:
         """What no base has shown; an edge to nowhere says that no data were seen to depend on a latent."""
@@ -207,7 +211,8 @@ def _wholly_finite(base: Base) -> set[Edge]:
 def _moved_by(base: Base, argument: str) -> set[Edge]:
     """Moves all numbers of an argument on by one; returns where that moves a density."""
     leaf = base.held.call.tensors[argument]
-    if not leaf.is_floating_point() or _is_constant(leaf):
+    base.last = {}
+    if _is_constant(leaf):
         return set()
     moved = base.changed(leaves={argument: leaf.flatten().roll(1).reshape(leaf.shape)}) or {}
     return {("argument", argument, name) for name, distance in moved.items() if bool(distance.any())}

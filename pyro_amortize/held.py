@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pyro
@@ -18,22 +17,12 @@ from torch import Tensor
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.loops import merged, split
 from pyro_amortize.missing import refuse_nan
+from pyro_amortize.places import FARTHER, PLACES, Place
 from pyro_amortize.structure import Family, Plate
-from pyro_amortize.supports import another_value, generic_value, is_delta, prior_value, support_of, undressed
+from pyro_amortize.supports import is_delta, support_of, undressed
 from pyro_amortize.views import AS_THEY_ARE, View
 
-Draw = Callable[[Any], Tensor]
 Change = Callable[[Tensor, Tensor], Tensor]
-PLACES: tuple[Draw, ...] = (
-    prior_value,
-    generic_value,
-    partial(prior_value, spread=0.1),
-    partial(prior_value, spread=10.0),
-    partial(prior_value, spread=1000.0),
-)
-"""How values for latents are drawn: where the prior lives; and where that tells nothing, elsewhere."""
-FARTHER = tuple(partial(prior_value, spread=spread, one_sided=True) for spread in (3.0, 10.0, 100.0, 1000.0))
-"""And where densities are not finite there, to the sides."""
 
 
 class HeldRun(Messenger):
@@ -45,7 +34,7 @@ class HeldRun(Messenger):
         model: The model.
         call: Its arguments.
         families: Sites to be merged, and the number of the first turn of each of their loops.
-        draw: Makes the values at which latents are held, from their sites.
+        place: Where the values at which latents are held are drawn.
         indices: Subsample indices that other runs held.
         view: How its sites are seen.
 
@@ -60,7 +49,7 @@ class HeldRun(Messenger):
         call: Call,
         families: Sequence[Family] = (),
         loops: Mapping[str, int] | None = None,
-        draw: Draw = prior_value,
+        place: Place = PLACES[0],
         indices: dict[str, Any] | None = None,
         view: View = AS_THEY_ARE,
     ) -> None:
@@ -68,7 +57,7 @@ class HeldRun(Messenger):
         self.model, self.view = model, view
         self.call = call
         self.families, self.loops = families, loops or {}
-        self.draw = draw
+        self.place = place
         self.sites: dict[str, Any] = {}
         self.values: dict[str, Tensor] = {}
         self.indices: dict[str, Any] = {} if indices is None else indices
@@ -129,7 +118,7 @@ class HeldRun(Messenger):
         pyro.set_rng_seed(1)
         nodes = dict(self.nodes)
         for name, value in ((name, value) for name, value in self.values.items() if name in nodes):
-            nodes[name] = {**nodes[name], "value": another_value(nodes[name], value, self.draw)}
+            nodes[name] = {**nodes[name], "value": self.place.another(nodes[name], value)}
         return {n: s["value"] for n, s in merged(nodes, self.families, self.loops).items() if s["type"] == "sample"}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -141,7 +130,7 @@ class HeldRun(Messenger):
             msg["value"] = self._observed.get(name, msg["value"])
         elif not is_delta(msg["fn"]):
             if name not in self.values:
-                self.values[name] = self.draw(msg)
+                self.values[name] = self.place.value(msg)
                 events = len(msg["fn"].event_shape)
                 self.plate_dims[name] = {f.name: f.dim - events for f in self.view.frames(msg) if f.vectorized}
             msg["value"] = self._own(self.unknowns, name, self._latents.get(name, self.values[name]))
@@ -171,8 +160,8 @@ def places(
     indices = {} if indices is None else indices
     found = 0
     for i in range(count):
-        draw = PLACES[i] if i < len(PLACES) else FARTHER[i % len(FARTHER)]
-        held = HeldRun(model, call, families, loops, draw, indices, view)
+        place = PLACES[i] if i < len(PLACES) else FARTHER[i % len(FARTHER)]
+        held = HeldRun(model, call, families, loops, place, indices, view)
         try:
             with pyro.validation_enabled(False):
                 held.run(seed=seed + i)
@@ -277,6 +266,16 @@ class Base:
                 moved[name] = torch.where(distance <= self.noise, 0.0, distance).cpu()
         self.last = nodes
         return moved
+
+    def altered(self) -> set[str]:
+        """Returns the observed sites whose values the last change altered."""
+        found = set()
+        for name, site in self.factors.items():
+            if site["is_observed"] and name in self.last:
+                before, after = site["value"], self.last[name]["value"]
+                same = before.shape == after.shape and torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))
+                found |= set() if same else {name}
+        return found
 
     def reached(self, names: tuple[str, ...]) -> frozenset[str]:
         """Replaces latents together; returns the sites whose densities move, or whose values do if these follow."""

@@ -106,6 +106,10 @@ class Probes:
         """The nodes of the last run with a change: of observed values and masks, which are alike at all bases."""
         return next((base.last for base in self.bases if base.last), {})
 
+    def altered(self) -> set[str]:
+        """Returns the observed sites whose values the last change altered."""
+        return next((base.altered() for base in self.bases if base.last), set())
+
     def after(self) -> Iterator[tuple[str, Any, Any]]:
         """Yields each site as it was and as the last change left it, at all bases where the model ran."""
         for base in self.bases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -180,11 +181,13 @@ class SourceProbes:
         couples = False
         indexed = full and subsampled
         differs = bool((_flat(rows) != _flat(rows)[:1]).any())
-        matter = self._rows_that_matter(name, leaf, axis, plate, related) if differs else torch.arange(plate.size)
-        touched |= self._values_moved(members) if differs else set()
+        rolled = self._rolled(name, leaf, axis, plate, related) if differs else {}
+        matter = torch.stack(list(rolled.values())).any(0).nonzero().flatten() if rolled else torch.arange(plate.size)
+        touched |= self.probes.altered() & set(members) if differs else set()
         targets = [j for j, p in positions.items() if p in set(matter.tolist())] if indexed else matter.tolist()
         tried = failed = 0
-        for target, origin in _distinct_pairs(rows, targets, count=4 * PAIRS):
+        pairs = takewhile(lambda _: tried < PAIRS, _distinct_pairs(rows, targets, count=4 * PAIRS))
+        for target, origin in chain(pairs, _passed_over(rolled, reaches, picked if indexed else None)):
             copy = leaf.clone()
             copy.movedim(axis, 0)[target] = rows[origin] if origin is not None else _another(rows[target])
             moved = self.probes.changed(leaves={name: copy})
@@ -192,7 +195,7 @@ class SourceProbes:
                 failed += 1
                 continue
             tried += 1
-            touched |= self._values_moved(members)
+            touched |= self.probes.altered() & set(members)
             offsets.append(set())
             for site in related:
                 where = self.probes.rows(moved, site, plate) > 0
@@ -210,8 +213,6 @@ class SourceProbes:
             if any(bool(m.any()) for n, m in moved.items() if n not in related):
                 couples = couples or bool(reaches)
             swaps = swaps and everywhere and self._swap_is_local(name, leaf, axis, target, origin, plate, related)
-            if tried == PAIRS:
-                break
         if failed and not tried:
             reaches, couples = set(members), True
         # A shared argument, or a wrong axis, moves all rows; so does a standardized one, but not by swapping two.
@@ -270,13 +271,10 @@ class SourceProbes:
             leaf = leaf if index is None else leaf.index_select(axis, self.probes.held.call.tensors[index])
         return leaf
 
-    def _rows_that_matter(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> Tensor:
-        """Moves all rows of an argument on by one; returns which rows of the plate moved, all if that fails."""
+    def _rolled(self, name: str, leaf: Tensor, axis: int, plate: Plate, sites: list[str]) -> dict[str, Tensor]:
+        """Moves all rows of an argument on by one; returns which rows of the plate move each site, {} if that fails."""
         moved = self.probes.changed(leaves={name: leaf.roll(1, axis)})
-        if moved is None:
-            return torch.arange(plate.size)
-        distance = torch.stack([self.probes.rows(moved, site, plate) for site in sites]).sum(0)
-        return distance.nonzero().flatten()
+        return {} if moved is None else {site: self.probes.rows(moved, site, plate) > 0 for site in sites}
 
     def _swap_is_local(
         self, name: str, leaf: Tensor, axis: int, j: int, k: int | None, plate: Plate, sites: list[str]
@@ -323,17 +321,6 @@ class SourceProbes:
     def _feeds_equal_rows(self, leaf: Tensor, name: str) -> bool:
         value = self.probes.factors[name]["value"]
         return self.probes.factors[name]["is_observed"] and bool((value.flatten()[:1] == leaf.flatten()[:1]).all())
-
-    def _values_moved(self, members: list[str]) -> set[str]:
-        """Observed sites whose values the last change altered."""
-        moved = set()
-        for name in members:
-            site = self.probes.factors[name]
-            if site["is_observed"]:
-                before, after = site["value"], self.probes.last.get(name, site)["value"]
-                same = before.shape == after.shape and torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))
-                moved |= set() if same else {name}
-        return moved
 
     def _is_value(self, cells: Tensor, name: str, plates: list[Plate]) -> bool:
         site = self.probes.factors[name]
@@ -533,6 +520,24 @@ def _distinct_pairs(rows: Tensor, targets: list[int], count: int = PAIRS) -> Ite
             found += 1
         if found == count:
             return
+
+
+def _passed_over(
+    rolled: dict[str, Tensor], reaches: set[str], picked: Tensor | None
+) -> Iterator[tuple[int, int | None]]:
+    """Yields a pair (target, origin) of rows for each site that moved when rows were moved on, but is not reached yet.
+
+    Args:
+        rolled: For each site which rows moved.
+        reaches: The sites that are reached, when a pair is asked for.
+        picked: Where the rows stand in the argument, if elsewhere.
+    """
+    for site, moved in rolled.items():
+        if site not in reaches and bool(moved.any()):
+            places = moved.nonzero().flatten()
+            place = int(places[len(places) // 2])
+            target = place if picked is None else int(picked[place])
+            yield target, target - 1
 
 
 def _another(row: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_amortize.calls import Call, Model
 from pyro_amortize.parameters import preserved
+from pyro_amortize.places import Place
 from pyro_amortize.structure import Plate, plates_of
-from pyro_amortize.supports import prior_value
 
 Lengths = Callable[[str, Mapping[str, Any]], set[int]]
 
@@ -109,4 +109,4 @@ class _Generic(Messenger):
         if site_is_subsample(msg):
             self.at_random |= {msg["name"]} if msg["value"] is None else set()
         elif not msg["is_observed"] and msg["value"] is None:
-            msg["value"] = prior_value(msg)
+            msg["value"] = Place().value(msg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -323,13 +322,8 @@ def undressed(fn: Any) -> Any:
     return fn
 
 
-def generic_value(msg: Any, scale: float = 1.0) -> Tensor:
-    """Draws a value without special features, near the middle of a site's support; improper priors too.
-
-    Args:
-        msg: A sample site, or a message on its way to be one.
-        scale: How far from the image of zero it may lie, in unconstrained space.
-    """
+def generic_value(msg: Any) -> Tensor:
+    """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]
     if support_of(fn).is_discrete or is_delta(fn):
         return fn.sample()
@@ -343,51 +337,7 @@ def generic_value(msg: Any, scale: float = 1.0) -> Tensor:
                 return value
         raise
     like = some_tensor(fn)
-    return transform(like.new_empty(transform.inverse_shape(fn.shape())).uniform_(-scale, scale))
-
-
-def prior_value(msg: Any, spread: float = 1.0, one_sided: bool = False) -> Tensor:
-    """Draws a value of a site where its prior lives: the median of five draws, taken in unconstrained space.
-
-    Where the prior cannot be drawn from, or a draw is at the end of the support in floating point, it is drawn as
-    :func:`generic_value` does.
-
-    Args:
-        msg: A sample site, or a message on its way to be one.
-        spread: How many times as far from the prior's center as that the value is to lie.
-        one_sided: Whether all its elements are to lie on one side of the center, drawn at random.
-    """
-    fn = msg["fn"]
-    if support_of(fn).is_discrete or is_delta(fn):
-        return fn.sample()
-    try:
-        transform = bijection(msg)
-        draws = transform.inv(fn.sample((5,)))
-    except (NotImplementedError, TypeError, ValueError):
-        return generic_value(msg, spread)
-    center = transform.inv(_center(msg))
-    away = draws.median(0).values - center
-    free = center + spread * (away.abs() * (2 * torch.randint(2, ()) - 1) if one_sided else away)
-    return transform(torch.where(free.isfinite(), free, torch.empty_like(free).uniform_(-1, 1)))
-
-
-def another_value(msg: Any, value: Tensor, draw: Callable[[Any], Tensor]) -> Tensor:
-    """Returns a second value of a latent site: drawn alike; of a discrete one the next in its support, or any other."""
-    fn = msg["fn"]
-    if not support_of(fn).is_discrete or is_delta(fn):
-        return draw(msg)
-    try:
-        support = fn.enumerate_support()
-    except NotImplementedError:
-        draws = (fn.sample() for _ in range(20))
-        return next((draw for draw in draws if not torch.equal(draw, value)), value)
-    same = support == value
-    for _ in fn.event_shape:
-        same = same.all(-1)
-    place = same.long().argmax(0)
-    following = (place + torch.randint(1, max(2, len(support)), place.shape, device=place.device)) % len(support)
-    following = following.reshape((1, *following.shape) + (1,) * len(fn.event_shape))
-    return support.gather(0, following.expand(1, *value.shape))[0]
+    return transform(like.new_empty(transform.inverse_shape(fn.shape())).uniform_(-1, 1))
 
 
 def some_tensor(fn: Any) -> Tensor:
@@ -431,14 +381,19 @@ def init_to_center(site: Any) -> Tensor:
     One of the functions that ``init_loc_fn`` takes. It draws nothing, so wide priors start where narrow ones do.
     """
     try:
-        value = _center(site)
+        value = prior_center(site)
     except ValueError:  # a site without a bijection, which a reparameterizer is about to replace, or none guides
         value = site["fn"].sample()
     value._pyro_custom_init = False  # type: ignore[attr-defined]  # reparameterizers may overwrite it without a warning
     return value
 
 
-def _center(site: Any) -> Tensor:
+def prior_center(site: Any) -> Tensor:
+    """Returns a prior's median where that has a closed form, else its mean, else the image of zero.
+
+    Raises:
+        ValueError: No bijection reaches the site's support.
+    """
     fn = undressed(site["fn"])
     half = some_tensor(fn).new_tensor(0.5)
     for guess in (lambda: fn.icdf(half), lambda: fn.mean):

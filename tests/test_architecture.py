@@ -26,7 +26,7 @@ ORDER = [
         "answers",
         "layout",
     },
-    {"missing", "masks"},
+    {"missing", "masks", "places"},
     {
         "arguments",
         "excerpt",

@@ -14,6 +14,7 @@ from pyro.optim import ClippedAdam
 from pyro_amortize import MLP, AutoAmortizedNormal, DeepSets, Table, fit_svi, plan_amortization
 from pyro_amortize.bases import look
 from pyro_amortize.calls import Call
+from pyro_amortize.examination import examine
 
 N = 60
 Y = torch.randn(N, generator=torch.Generator().manual_seed(0))
@@ -126,6 +127,33 @@ def test_covariates_are_seen_though_the_likelihood_saturates():
 
     (block,) = plan_amortization(model, HIT, Y).blocks
     assert set(block.inputs) == {"y", "c"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_covariates_are_seen_at_each_site_that_they_enter(seed):
+    """Few rows show that the covariate enters 'x', and all that it enters 'y'."""
+
+    def model(y, c):
+        with plate(c):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(torch.sigmoid(30 * torch.tanh(9 * (z + c - 2)))), obs=y["x"])
+            pyro.sample("y", dist.Normal(z + c, 1.0), obs=y["y"])
+
+    torch.manual_seed(seed)
+    found = {source.name: source.reaches for source in examine(model, ({"x": HIT, "y": Y}, torch.randn(N)), {}).sources}
+    assert found == {"y['x']": {"x"}, "y['y']": {"y"}, "c": {"x", "y"}}
+
+
+def test_data_are_seen_as_an_argument_though_their_values_are_alike_where_the_prior_lives():
+    """Of a fair coin both sides are as likely; and what cuts data to zero and one has no gradient."""
+
+    def model(y):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Bernoulli(torch.sigmoid(torch.relu(u + z - 5))), obs=(y > 0).float())
+
+    assert [(s.name, s.axes) for s in examine(model, (Y,), {}).sources] == [("y", (0,))]
 
 
 def test_a_vague_scale_hides_no_location():
