@@ -393,7 +393,7 @@ def _prior_quantiles(fn: Any, levels: Tensor) -> Tensor:
     centre = _centre(fn)
     if bool((levels == 0.5).all()) and not bool(centre.isnan().any()):
         return centre.expand(levels.shape[:1] + centre.shape)
-    ordered = _draws(fn, DRAWS).sort(0).values
+    ordered = _draws(fn, DRAWS).movedim(0, -1).contiguous().sort(-1).values.movedim(-1, 0)  # quicker than along rows
     places = levels.flatten().to(ordered.device, torch.float64) * (DRAWS - 1)
     low, high = ordered[places.floor().long()], ordered[places.ceil().long()]
     if is_discrete(fn):
