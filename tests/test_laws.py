@@ -624,7 +624,7 @@ def test_median_quantiles_and_posterior_agree(name):
         torch.testing.assert_close(quantiles[site][1], middle)
         assert quantiles[site].shape == (3, *posterior.sites[site].shape())
         assert draws[site].shape == (2000, *middle.shape)
-        assert posterior.log_prob({site: draws[site]})[site].shape == (2000, *posterior.sites[site].batch_shape)
+        assert posterior.log_prob({site: draws[site][:50]})[site].shape == (50, *posterior.sites[site].batch_shape)
         error = 5 * draws[site].std(0) * (1 / 2000 + 1 / 4096) ** 0.5 + 1e-5
         assert bool(((draws[site].mean(0) - posterior.mean[site]).abs() < error).all())
         if posterior.sites[site].event_dim == 0 and site not in guide.plan.moving:  # whose quantiles are conditional
