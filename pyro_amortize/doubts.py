@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from pyro_amortize.digits import with_error, written
 from pyro_amortize.estimates import Part
 from pyro_amortize.evidence import CORRECTED, Evidence, Posterior
+from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.optimum import TOLERANCE
 
 SLACK = 1e-3
@@ -26,6 +28,28 @@ def rows_of(which: Tensor) -> str:
     rows = which.nonzero().flatten().tolist()
     more = ", ..." if len(rows) > SOME_ROWS else ""
     return f"{len(rows)} of {len(which)} data (rows {', '.join(map(str, rows[:SOME_ROWS]))}{more})"
+
+
+def of_guide(guide: Any, far: Tensor) -> list[str]:
+    """Says if a guide was not trained, or not on such data.
+
+    Args:
+        guide: The guide.
+        far: Which data are far from those that it was initialized with, shape (rows,).
+    """
+    found = []
+    if isinstance(guide, AutoAmortized) and guide.is_fresh and any(True for _ in guide.parameters()):
+        found.append(
+            "the guide was not trained: all of this is about the parameters that it starts from. Train it: "
+            "fit_svi(model, guide, ...)"
+        )
+    if bool(far.any()):
+        found.append(
+            f"{rows_of(far)} are far from the data that the guide was initialized with: its encoder continues beyond "
+            f"what it has learnt, and its answers there mean nothing. Train on such data too; for these alone, "
+            f"fit_optimum(model, guide, ...). Advice is on the other data"
+        )
+    return found
 
 
 def of_optimum(parts: dict[str, Part], num_steps: int) -> list[str]:

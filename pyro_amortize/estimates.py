@@ -45,6 +45,11 @@ class Part:
         shortfall = torch.maximum(self.shortfall, other.shortfall)
         return Part(self.value - other.value, influences, shortfall, torch.hypot(self.apart, other.apart))
 
+    def of(self, rows: Tensor) -> Part:
+        """Returns the quantity of some rows."""
+        influences = {stream: influence[:, rows] for stream, influence in self.influences.items()}
+        return Part(self.value[rows], influences, self.shortfall[rows], self.apart[rows])
+
     @property
     def se(self) -> Tensor:
         """Standard errors, shape (rows,)."""

@@ -19,6 +19,7 @@ from pyro_amortize.arviz_bridge import good_k
 from pyro_amortize.calls import Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
+from pyro_amortize.distance import FAR, distances
 from pyro_amortize.doubts import SLACK
 from pyro_amortize.encoders import widest
 from pyro_amortize.estimates import Part, averaged, frame, gaps, totals
@@ -389,8 +390,11 @@ class _Measure:
         if lacking is not None:
             parts["conditioning_gap"] = lacking.part
         per_datum = None if self.plate is None else _per_datum(parts, found)
+        rows = self._num_elements() if per_datum is None else len(per_datum)
+        far = distances(self.guide, self.args, self.kwargs, self.plate, rows) > FAR
         warnings = [
             *self.remarks,
+            *doubts.of_guide(self.guide, far),
             *found[0].doubts,
             *doubts.of_optimum(parts, self.options.num_steps),
             *(doubts.of_evidence([e.evidence for e in found], found[0].posterior) if "log_evidence" in parts else ()),
@@ -398,11 +402,13 @@ class _Measure:
             *(biased(found[0].sensitivity) if found[0].sensitivity is not None else ()),
         ]
         between = None if unseen is None else generalization(per_datum, unseen.per_datum)
-        rows = self._num_elements() if per_datum is None else len(per_datum)
         judged = getattr(self.guide, "plan", None) or self.plan
+        near = {name: part.of(~far) for name, part in parts.items()} if bool(far.any()) else parts
+        own = {name: part.of(~far) for name, part in blocks.items()} if bool(far.any()) else blocks
+        count = max(1, rows - int(far.sum()))
         advice = advise(
-            totals(parts) / rows,
-            totals(blocks) / rows,
+            totals(near) / count,
+            totals(own) / count,
             judged,
             {} if lacking is None else lacking.lacking,
             found[0].correlated,

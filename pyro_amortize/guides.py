@@ -213,7 +213,7 @@ class AutoAmortized(AutoGuide):
             ValueError, NotImplementedError: As :func:`~pyro_amortize.planner.plan_amortization` does.
             ValueError: Parameters that were loaded into the param store do not fit.
         """
-        if self.plan is not None and self._versions != [p._version for p in self.parameters()]:
+        if self.plan is not None and not self.is_fresh:
             return
         with _outside_plates():
             self._initialize(args, kwargs)
@@ -465,7 +465,7 @@ class AutoAmortized(AutoGuide):
         # AutoGuide's would take the model away from the guide that is being copied.
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)
-        return {**self.__dict__, "master": None, "_marks": []}
+        return {**self.__dict__, "master": None, "_marks": [], "_versions": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -514,9 +514,13 @@ class AutoAmortized(AutoGuide):
         if _is_module_local_param_enabled():
             return self._pyro_name
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        unnamed = self._registration.name is None
-        fresh = unnamed and self._versions == [p._version for p in self.parameters()]
+        fresh = self._registration.name is None and self.is_fresh
         return self._registration.update(self._pyro_name, {**trained, **dict(self.named_buffers())}, fresh)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether its parameters are those that it was made with: neither trained, nor loaded or copied."""
+        return self._versions == [p._version for p in self.parameters()]
 
     def _announce(self) -> None:
         """Sends a param message for every parameter, so that any ELBO trains it."""

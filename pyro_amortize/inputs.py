@@ -18,6 +18,8 @@ from pyro_amortize.structure import Labels, Source
 
 Prepare = str | None | Callable[[Tensor], Tensor]
 Cells = tuple[Tensor, Tensor | None]
+USUAL = 3.0
+"""Standard deviations from the mean that are no surprise."""
 
 
 class Inputs(nn.Module):
@@ -37,6 +39,7 @@ class Inputs(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    reach: Tensor
 
     def __init__(self, sources: tuple[Source, ...], prepare: Prepare = "auto") -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class Inputs(nn.Module):
         columns = sum(source.width for source in sources) if auto else 0
         self.register_buffer("shift", torch.zeros(columns))
         self.register_buffer("scale", torch.ones(columns))
+        self.register_buffer("reach", torch.zeros(columns))
         lookups = {str(i): Lookup(source) for i, source in enumerate(sources) if auto and source.labels}
         self.lookups = nn.ModuleDict(lookups)
         self._stands = auto and bool(self._indicators().all())  # nothing to be centred or filled
@@ -95,6 +99,18 @@ class Inputs(nn.Module):
         flat = spread <= 1e-6 * (1 + mean.abs())
         self.shift = torch.where(free, 0.0, mean)
         self.scale = torch.where(free | flat, 1.0, spread)
+        self.reach = ((columns - self.shift) / self.scale).nan_to_num(0.0).abs().amax(0)
+
+    def distance(self, rows: list[Cells], dtype: torch.dtype) -> Tensor | None:
+        """Returns how far data are from those that the statistics were taken from, shape (...) as their cells.
+
+        It is the largest absolute column, in standard deviations from its mean, against the largest such among those
+        data, or three if that is more: up to 1 within these. None where data are not prepared by their statistics.
+        """
+        if self.prepare != "auto" or self._stands or not len(self.shift):
+            return None
+        columns = ((self._columns(rows, dtype, looks=False) - self.shift) / self.scale).nan_to_num(0.0).abs()
+        return (columns / self.reach.clamp(min=USUAL)).amax(-1)
 
     def _columns(self, rows: list[Cells], dtype: torch.dtype, looks: bool = True) -> Tensor:
         """The columns before they are scaled, NaN where something is missing and no indicator."""

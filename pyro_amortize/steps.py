@@ -159,6 +159,9 @@ class Steps:
             self._kept = step, [parameter.detach().clone() for parameter in self.parameters.values()]
         _set_rates(self.optimizer, decay(step, self.options.num_steps))
         self.optimizer.step()
+        if step == 0:  # a fused optimizer leaves the counters of changes as they were, by which a guide is trained
+            with torch.no_grad():
+                torch._foreach_add_(list(self.parameters.values()), 0.0)
         for parameter in self.parameters.values():
             parameter.grad = None
         if step == self.options.num_steps - 1 and not all(bool(p.isfinite().all()) for p in self.parameters.values()):

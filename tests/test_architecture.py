@@ -51,7 +51,7 @@ ORDER = [
     {"planner", "building", "prediction", "uninformed"},
     {"handler"},
     {"guides"},
-    {"densities", "minibatch", "pointwise"},
+    {"densities", "distance", "minibatch", "pointwise"},
     {"steps"},
     {"fit", "local_joint"},
     {"reference", "mcmc"},

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import numpy as np
 import pyro
@@ -599,3 +601,27 @@ def test_k_hat_is_that_of_the_guide_and_that_of_the_evidence_stands_beside_it():
     assert (report.per_datum["khat_evidence"] < 0.3).all()
     assert report.warnings == ()
     assert "k-hat of the guide: median" in str(report)
+
+
+def test_rows_far_from_the_training_data_are_named_and_leave_the_advice():
+    guide = AutoAmortizedNormal(model)
+    x = 3 + torch.randn(200, generator=torch.Generator().manual_seed(0))
+    fit_svi(model, guide, x, num_steps=600, lr=0.02, seed=0, progress=False)
+    options = {"num_draws": 200, "num_steps": 100, "progress": False}
+    judged = torch.cat([x[:20], torch.tensor([53.0, -40.0])])
+    report = amortization_gap(model, guide, judged, **options)
+    (text,) = [text for text in report.warnings if "far from the data" in text]
+    assert text.startswith("2 of 22 data (rows 20, 21)")
+    assert report.per_datum["amortization_gap"][20] > 1
+    assert not any("train longer" in text for text in report.advice)
+    assert not any("far from" in text for text in amortization_gap(model, guide, x[:20], **options).warnings)
+
+
+def test_a_guide_that_was_not_trained_is_said_to_be():
+    guide = AutoAmortizedNormal(model)
+    guide.initialize(DATA)
+    options = {"num_draws": 50, "num_steps": 10, "progress": False}
+    assert any("was not trained" in text for text in amortization_gap(model, guide, DATA, **options).warnings)
+    fit_svi(model, guide, DATA, num_steps=3, seed=0, progress=False)
+    for trained in (guide, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert not any("was not trained" in text for text in amortization_gap(model, trained, DATA, **options).warnings)
