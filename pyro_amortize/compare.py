@@ -12,13 +12,16 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoMessenger
 from torch import Tensor
 
 from pyro_amortize import digits, plots
-from pyro_amortize.arguments import check_model, check_options, named, observes
+from pyro_amortize.arguments import check_given, check_model, check_options, named, observes
 from pyro_amortize.calls import Model
 from pyro_amortize.densities import log_densities
+from pyro_amortize.distance import has_seen
+from pyro_amortize.elsewhere import is_of, log_density_of
 from pyro_amortize.encoders import Rows, Table
 from pyro_amortize.evidence import standard_error
 from pyro_amortize.fit import SVIFit, train
@@ -27,7 +30,7 @@ from pyro_amortize.mcmc import MCMCFit, run_mcmc
 from pyro_amortize.moments import against_mcmc
 from pyro_amortize.parameters import Preserved, preserved
 from pyro_amortize.planner import plan_amortization, plan_beside
-from pyro_amortize.reference import mean_field_guide
+from pyro_amortize.reference import held_globals, mean_field_guide
 from pyro_amortize.steps import Options, guide_parameters
 
 METHODS = ("amortized", "mean_field", "mcmc")
@@ -112,6 +115,7 @@ def compare_inference(
     methods: str | tuple[str, ...] | Mapping[str, Any] = METHODS,
     svi: Mapping[str, Any] | None = None,
     mcmc: Mapping[str, Any] | None = None,
+    given: Mapping[str, Tensor] | None = None,
     num_draws: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -137,6 +141,9 @@ def compare_inference(
             :func:`~pyro_amortize.fit.fit_svi`) or to fits.
         svi: Options of :func:`~pyro_amortize.fit.fit_svi` for all variational fits.
         mcmc: Options of :func:`~pyro_amortize.mcmc.run_mcmc`.
+        given: Values at which global latents are held for all methods; ``{}`` holds none. By default they are held, at
+            its medians, where a generated guide among the methods was trained on other data: what it learnt of them
+            there is no loss on these, and a warning says so.
         model_kwargs: The model's keyword arguments.
 
     Other Arguments:
@@ -178,15 +185,17 @@ def compare_inference(
     options = Options(**{"seed": seed, "progress": progress, **svi})
     state = pyro.util.get_rng_state()
     with preserved(model) as held:
+        values, remarks = _held_globals(model, asked, args, kwargs, given)
         pyro.util.set_rng_state(state)
-        fitting = _Fitting(model, args, kwargs, options, held, num_draws, seed)
+        shown = poutine.condition(model, data=values) if values else model
+        fitting = _Fitting(shown, args, kwargs, options, held, num_draws, seed, values)
         for label, what in asked.items():
             if what != "mcmc":
                 fitting.fit(label, what)
         for label in (label for label, what in asked.items() if what == "mcmc"):
             fitting.draw(label, {"seed": seed, "progress": progress, **mcmc})
         fits = {label: fitting.fits[label] for label in asked if label in fitting.fits}
-        ratios, warnings = fitting.ratios, fitting.warnings
+        ratios, warnings = fitting.ratios, [*remarks, *fitting.warnings]
         num_rows = _num_rows(model, fits, args, kwargs)
         table = _table(fits, ratios, args, kwargs, num_rows)
         reference = next((fit for fit in fits.values() if isinstance(fit, MCMCFit) and fit.converged), None)
@@ -196,7 +205,8 @@ def compare_inference(
             moments, left_out = against_mcmc(
                 guides, reference.samples, args, kwargs, num_draws=num_draws, seed=seed, progress=progress
             )
-            warnings += [f"'{name}' has no moments: MCMC has no draws of it" for name in left_out]
+            unknown = [name for name in left_out if name not in values]
+            warnings += [f"'{name}' has no moments: MCMC has no draws of it" for name in unknown]
     warm = any(what == "mean_field_warm" for what in asked.values())
     warnings += [*_doubts(fits), *_below(fits, ratios, warm, tolerance=max(0.1, 1e-3 * num_rows))]
     return Comparison(table, moments, fits, tuple(warnings))
@@ -217,6 +227,35 @@ def by_label(methods: Any) -> dict[str, Any]:
             f"{list(KNOWN)}, or a dict from labels to these, to guides or to fits: methods={{'mine': guide}}."
         )
     return dict(names)
+
+
+def _held_globals(
+    model: Model,
+    asked: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the values at which globals are held for all methods, and what there is to say of it."""
+    if given is not None:
+        plan = plan_amortization(model, *args, **kwargs) if given else None
+        blocks = plan.blocks if plan is not None else ()
+        known = [site for block in blocks if not block.amortized for site in block.sites]
+        return check_given("compare_inference", given, dict.fromkeys(known)), []
+    for label, what in asked.items():
+        guide = _guide_of(what)
+        if not isinstance(guide, AutoAmortized) or not _answers_new_rows(guide) or guide.is_fresh:
+            continue
+        if is_of(what, args, kwargs) if isinstance(what, SVIFit) else has_seen(guide, args, kwargs):
+            continue
+        values = held_globals(guide, args, kwargs, plan_beside(model, guide, args, kwargs), None, "compare_inference")
+        if values:
+            names = ", ".join(f"'{name}'" for name in values)
+            return values, [
+                f"{label} was trained on other data, so {names} are held at its medians for all methods, and nothing "
+                f"of them is charged to these data: given={{}} lets every method learn them from these alone"
+            ]
+    return {}, []
 
 
 def _check_methods(asked: Mapping[str, Any]) -> None:
@@ -253,11 +292,13 @@ class _Fitting:
     held: Preserved
     num_draws: int
     seed: int
+    given: dict[str, Tensor]
 
     def __post_init__(self) -> None:
         self.fits: dict[str, Any] = {}
         self.ratios: dict[str, Tensor] = {}
         self.warnings: list[str] = []
+        self.log_prior = log_density_of(self.model, self.args, self.kwargs, self.given)
 
     def fit(self, label: str, what: Any) -> None:
         """Fits a guide that is not fitted yet, and draws what its ELBO is the mean of."""
@@ -281,16 +322,17 @@ class _Fitting:
                 f"methods={{'{label}': fit_svi(model, guide, ...)}}"
             )
         if not isinstance(fit, MCMCFit):
+            guide = _guide_of(fit)
             densities = log_densities(
                 self.model,
-                _guide_of(fit),
+                poutine.condition(guide, data=self.given) if self.given else guide,
                 self.args,
                 self.kwargs,
                 num_draws=self.num_draws,
                 seed=self.seed,
                 title=f"ELBO of {label}" if self.options.progress else None,
             )
-            self.ratios[label] = densities.log_ratio
+            self.ratios[label] = densities.log_ratio - self.log_prior
 
     def _guide(self, label: str, what: Any) -> AutoAmortized:
         if what == "amortized":

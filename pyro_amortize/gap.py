@@ -291,7 +291,9 @@ class _Measure:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.options, self.sizes, self.num_draws = options, sizes, sizes.num_draws
         self.seed = options.seed or 0
-        self.plan = plan_beside(model, guide, args, kwargs)
+        self.plan, own = plan_beside(model, guide, args, kwargs), getattr(guide, "plan", None)
+        if own is not None and not any(block.amortized for block in self.plan.blocks):
+            self.plan = own  # which has encoders for latents of the data set as a whole
         self.sites = local_sites(self.plan)
         self.fitted = False
         summed_out = enumerated_sites(model, guide, args, kwargs)[0]

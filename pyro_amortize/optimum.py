@@ -123,7 +123,11 @@ def data_plate(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> t
     amortized = [block for block in plan.blocks if block.amortized and block.plates]
     outer = min((block.plates for block in amortized), key=len, default=())
     if not outer:
-        return None, ["no numbers per datum: latents of the data set as a whole are amortized"]
+        return None, [
+            "no numbers per datum: latents of the data set as a whole are amortized, so one data set is one datum. To "
+            "judge an encoder of data sets by many of them, put a plate around the model: "
+            "with pyro.plate('sets', len(x), dim=-2): ..."
+        ]
     plate = next((name for name in outer if all(name in plates for plates in around)), outer[0])
     link = next((level.link for block in amortized for level in block.levels if level.link), None)
     if plate in plan.loops:

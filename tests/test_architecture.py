@@ -54,7 +54,7 @@ ORDER = [
     {"densities", "distance", "minibatch", "pointwise"},
     {"steps"},
     {"fit", "local_joint"},
-    {"reference", "mcmc"},
+    {"elsewhere", "reference", "mcmc"},
     {"optimum", "proposals", "sensitivity"},
     {"evidence"},
     {"estimates"},

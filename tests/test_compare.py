@@ -253,3 +253,44 @@ def test_mcmc_that_cannot_run_is_left_out_with_the_reason():
 def test_unknown_methods(methods):
     with pytest.raises(ValueError, match="amortized.*mean_field.*mcmc"):
         compare_inference(model, DATA, methods=methods)
+
+
+def shared(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+MANY = 2 + torch.randn(300, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    return fit_svi(shared, AutoAmortizedNormal(shared), MANY, num_steps=800, lr=0.02, seed=0, progress=False)
+
+
+class TestGlobalsThatWereLearntElsewhere:
+    @pytest.mark.parametrize("what", ["fit", "guide"])
+    def test_are_held_and_cost_nothing(self, learnt, what):
+        """The prior is 2.6 sd from what 300 rows say, whose divergence is no loss on four others."""
+        x = MANY[:4] + 0.3
+        methods = {"mine": learnt if what == "fit" else learnt.guide, "mean_field": "mean_field"}
+        options = {"svi": {"num_steps": 600, "lr": 0.03}, "progress": False}
+        result = compare_inference(shared, x, methods=methods, **options)
+        (text,) = [text for text in result.warnings if "was trained on other data" in text]
+        assert "'theta' are held" in text
+        theta = learnt.guide.median(x)["theta"]
+        evidence = float(dist.Normal(theta, 2**0.5).log_prob(x).sum())
+        assert result.table.loc["mine", "elbo"] == pytest.approx(evidence, abs=0.1)
+        assert result.table.loc["mine", "gap"] < 0.1
+        free = compare_inference(shared, x, methods=methods, given={}, **options)
+        assert free.table.loc["mine", "gap"] > 1
+        assert not any("was trained on other data" in text for text in free.warnings)
+
+    def test_are_free_on_the_data_of_the_fit(self, learnt):
+        for mine in (learnt, learnt.guide):
+            result = compare_inference(shared, MANY, methods={"mine": mine}, progress=False)
+            assert not any("other data" in text for text in result.warnings)
+            assert result.table.loc["mine", "elbo"] == pytest.approx(learnt.elbo, abs=1)
+            assert f"{learnt.elbo:.0f}"[:4] in str(result)

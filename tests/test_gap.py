@@ -17,6 +17,7 @@ from pyro_amortize import (
     MLP,
     AutoAmortizedNormal,
     Constant,
+    DeepSets,
     Table,
     Window,
     amortization_gap,
@@ -625,3 +626,22 @@ def test_a_guide_that_was_not_trained_is_said_to_be():
     fit_svi(model, guide, DATA, num_steps=3, seed=0, progress=False)
     for trained in (guide, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         assert not any("was not trained" in text for text in amortization_gap(model, trained, DATA, **options).warnings)
+
+
+def test_a_data_set_as_a_whole_is_one_datum():
+    """Of a latent of all data with an encoder; the report says how many data sets are judged."""
+
+    def mean(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    guide = AutoAmortizedNormal(mean, encoder={"theta": DeepSets()})
+    fit_svi(mean, guide, DATA, num_steps=100, seed=0, progress=False)
+    report = amortization_gap(mean, guide, DATA, num_draws=300, progress=False)
+    covariance = 4 * torch.ones(40, 40, dtype=torch.float64) + torch.eye(40, dtype=torch.float64)
+    evidence = float(dist.MultivariateNormal(torch.zeros(40, dtype=torch.float64), covariance).log_prob(DATA.double()))
+    total, se = report.totals.loc["elbo_optimum"]
+    assert total == pytest.approx(evidence, abs=4 * se + 0.05)
+    assert report.totals.loc["amortization_gap", "total"] > -0.05
+    assert any("put a plate around the model" in text for text in report.warnings)
