@@ -119,7 +119,7 @@ def check_pair(
             f"guide = AutoAmortizedNormal(model), then {function}(model, guide, ...)."
         )
     kwargs = check_model(function, model, args, kwargs)
-    if not _is_guide(guide) and not observes(model, args, kwargs) and observes(guide, args, kwargs):
+    if observes(guide, args, kwargs) and not observes(model, args, kwargs):
         raise ValueError(
             f"{function}: the first argument observes no data, but the second does: the model comes first. Write "
             f"{function}(model, guide, ...)."
@@ -169,7 +169,9 @@ def refuse_guide(function: str, model: Any, guide: Any = None) -> None:
 
 
 def observes(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether a program observes data, as models do and guides do not."""
+    """Tells whether a program observes data, as models do and guides do not, though some of Pyro's run the model."""
+    if _is_guide(program):
+        return False
     with preserved(program, evaluating=True), torch.no_grad(), poutine.block():
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     return any(

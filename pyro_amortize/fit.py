@@ -275,7 +275,7 @@ class _Batches:
         self.way = _minibatches(model, guide, args, kwargs, options, ())
         self.length = self.way.plate.size if self.way is not None else 0
         with self._few() as call:
-            refuse_replaced("fit_svi", call[0], call[2], call[3])
+            refuse_replaced("fit", call[0], call[2], call[3])
             enumerated, self.nesting = enumerated_sites(*call)
             if self.way is not None:
                 refuse_other_plates(*call, self.way.plate.name)
