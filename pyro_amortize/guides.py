@@ -548,7 +548,7 @@ class AutoAmortized(AutoGuide):
             # Priors of all elements are not validated; the encoders' answers are looked at.
             with dist.validation_enabled(False), poutine.condition(data=dict(held or {})):
                 run.sample()
-            at_random = frozenset(run.at_random)
+            at_random = frozenset(run.reader.at_random)
             return Answer(run.sites, run.found, run.plates, run.values, dict(run.reader.indices), at_random)
 
         with preserved(self.model, self, evaluating=True), torch.no_grad(), poutine.block():

@@ -6,9 +6,7 @@ first run went to the end with every latent covered.
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +24,15 @@ from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Call, is_recorded, opened, signature_of
 from pyro_amortize.carried import Carried, Known
 from pyro_amortize.changes import refuse_changed, refuse_lost
-from pyro_amortize.encoders import Heads, Rows, in_pieces
 from pyro_amortize.groups import refuse_more_groups, refuse_other_groups, refuse_other_shape
 from pyro_amortize.held import is_index
-from pyro_amortize.layout import lengthened, of_turn, placed, without_axes
+from pyro_amortize.layout import of_turn, placed, without_axes
 from pyro_amortize.masks import PriorAlone, PriorWithoutData, under_masks
-from pyro_amortize.missing import has_nan
+from pyro_amortize.parametrization import BlockParameters
 from pyro_amortize.plan import AmortizationPlan, Block
-from pyro_amortize.posterior import LIMIT, prior_median, typical
-from pyro_amortize.reading import Piece, Reader, Reading, features_of, free_plate
-from pyro_amortize.structure import Plate, plates_of
+from pyro_amortize.posterior import prior_median, typical
+from pyro_amortize.reading import Reader, Reading
+from pyro_amortize.structure import plates_of
 from pyro_amortize.supports import (
     is_delta,
     is_enumerated,
@@ -51,7 +48,6 @@ if TYPE_CHECKING:
 
 
 MOST_EXITS = 256
-FIRST = 64  # elements of the first piece of an answer, on which the size of the others is measured
 
 
 class _Done(BaseException):
@@ -83,22 +79,17 @@ class GuidedRun(Messenger):
         self.found: dict[str, Any] = {}
         self.plates: dict[str, tuple[str, ...]] = {}
         self.sites: dict[str, Any] = {}
-        self.at_random: set[str] = set()
         inputs, kind = guide.options["inputs"], type(guide).__name__
         self.reader = Reader(self.model, self.plan, self.call, (args, kwargs), observations, inputs, kind)
         self.reader.fixed |= {name: index for name, index in (indices or {}).items() if index is not None}
-        self._parameters: dict[str, list[Tensor] | None] = {}
-        self._with_data: dict[str, Tensor | None] = {}
-        self._sizes: dict[str, list[int]] = {}
         self._ahead: dict[str, bool] = {}
         self._seen: set[str] = set()
         self._exit_after: frozenset[str] | None = None
         self._outside = [-1 - i for i, frame in enumerate(_DIM_ALLOCATOR._stack) if frame is not None]  # of particles
         self._informed = known is not None and known.informing is not None
         self._uninformed = Uninformed(self.plan, self.call, self._informed, kind)
-        self._new_rows: dict[str, Block] = {}
+        self.blocks = BlockParameters(guide, self.reader, self._uninformed, answering, kind)
         self._looks_for_masks = False
-        self._beyond: set[str] = set()
         self._partial: set[str] = set()
         self._inside = False
 
@@ -107,7 +98,7 @@ class GuidedRun(Messenger):
         for block in self.plan.blocks:
             names = {source.name for source in block.sources if not source.drawn} & set(self.call.leaves)
             if any(self.call.leaves[name] is None for name in names):
-                self._refuse_missing(block)
+                self.blocks.refuse_missing(block)
         if self.reader.needs_looking_up():
             self.reader.look_up()
         self._find_given()
@@ -118,7 +109,7 @@ class GuidedRun(Messenger):
         except _Done:
             pass
         except Exception:
-            if self._inside or not self._beyond or not self._is_covered():
+            if self._inside or not self.blocks.beyond or not self._is_covered():
                 raise  # else a forecast, of which the model's own run shows what comes after the latents
             self._exit_after = frozenset()
         self._uninformed.warn(self._kind_of_call, self.guide._warned)
@@ -243,7 +234,7 @@ class GuidedRun(Messenger):
             self._partial.add(name)
         if block is not None and self._exit_after is None:
             refuse_changed(type(self.guide).__name__, msg, block, block.sites.index(site), turn)
-        parameters = self._block_parameters(block, msg) if block else None
+        parameters = self._parameters_of(block, msg) if block else None
         if block is None or parameters is None or not self._is_within(block, turn):  # the model's own conditional
             msg["infer"] = {**msg["infer"], "enumerate": None}  # drawn, not summed out
             if is_delta(msg["fn"]):  # a density that it has is a factor of the model's, not of the guide's
@@ -265,9 +256,9 @@ class GuidedRun(Messenger):
 
     def _has_data(self, block: Block, msg: Any) -> bool:
         """Whether this call has data of any element of a block."""
-        if self._block_parameters(block, msg) is None:
+        if self._parameters_of(block, msg) is None:
             return False
-        marks = self._with_data.get(block.name)
+        marks = self.blocks.with_data.get(block.name)
         return marks is None or bool(marks.any())
 
     def _carry(self, msg: Any, carried: Carried | None) -> None:
@@ -314,13 +305,13 @@ class GuidedRun(Messenger):
 
     def _is_within(self, block: Block, turn: dict[str, int]) -> bool:
         """Whether a turn of a loop is one of those that have data; what comes after has the model's own conditional."""
-        sizes = dict(zip(block.plates, self._sizes[block.name], strict=True))
+        sizes = dict(zip(block.plates, self.blocks.sizes[block.name], strict=True))
         return all(position < sizes[loop] for loop, position in turn.items())
 
     def _refuse_new_rows(self, msg: Any) -> None:
         """Refuses data of elements that have no row in a table, since these are not those of the call that informs."""
-        for plate in (plate for plate in plates_of([msg]) if plate in self._new_rows):
-            block = self._new_rows[plate]
+        for plate in (plate for plate in plates_of([msg]) if plate in self.blocks.new_rows):
+            block = self.blocks.new_rows[plate]
             raise ValueError(
                 f"{type(self.guide).__name__}: '{block.sites[0]}' has a table, which cannot answer for new elements "
                 f"of plate '{plate}', but this call has data of them, at site '{msg['name']}'. Leave these out, or: "
@@ -371,151 +362,24 @@ class GuidedRun(Messenger):
             msg["value"] = self.reader.fixed[name]
         elif msg["value"] is None and name in self.reader.looked_up.get("indices", {}):
             msg["value"] = self.reader.looked_up["indices"][name]
-            self.at_random.add(name)
+            self.reader.at_random.add(name)
         if msg["value"] is None:
             draw = msg["fn"].sample
 
             def noted(*args: Any, **kwargs: Any) -> Any:  # called unless a handler outside says which elements
-                self.at_random.add(name)
+                self.reader.at_random.add(name)
                 return draw(*args, **kwargs)
 
             msg["fn"].sample = noted
 
     # From data to distributions.
 
-    def _block_parameters(self, block: Block, msg: Any) -> list[Tensor] | None:
-        """Returns the parameters of each site of a block, shape (..., elements, width); None where data are missing."""
-        if block.name in self._parameters:
-            return self._parameters[block.name]
-        around = plates_of([msg], self.plan.same)
-        _, turn = self.plan.turn_of(msg["name"])
-        plates = {name: around[name] for name in block.plates if name not in turn}
-        if self._informed and block.plates and not block.amortized:
-            self._new_rows |= dict.fromkeys(block.plates, block)
-            return None
-        coder = self.guide.coder_of(block)
-        seen = plates.get(block.reach.plate) if block.reach else None
-        if seen is not None and seen.size < seen.full_size:
-            raise ValueError(
-                f"{type(self.guide).__name__}: the encoder of '{block.sites[0]}' sees along plate '{seen.name}', of "
-                f"which this call has {seen.size} of {seen.full_size} elements, so neighbours are not there. Call the "
-                f"model so that the plate does not subsample, or use an encoder of single elements: MLP()."
-            )
+    def _parameters_of(self, block: Block, msg: Any) -> list[Tensor] | None:
+        """Returns the parameters of a block, whose encoder may see discrete latents that the model comes to later."""
         for source in block.sources:
             if source.drawn and source.name not in self.reader.drawn:
                 self._draw_ahead(source.name, msg)
-        parameters = self._encoded(block, plates) if block.levels else []
-        if not block.amortized:
-            parameters = coder(self._index(block, plates))
-            there = [self.plan.plates[name] for name in block.plates]
-            self._sizes[block.name] = [
-                (min(n, plates[name].size) if self._goes_on(block, plates[name]) else plates[name].size)
-                if name in plates
-                else n
-                for n, name in zip(there, block.plates, strict=True)
-            ]
-        elif parameters is None:
-            self._refuse_missing(block)
-            self._uninformed.note(block, plates)
-        if parameters is not None:
-            parameters = self._extended(block, plates, parameters)
-        if self.answering and parameters is not None:
-            parameters = [values.detach() for values in parameters]
-            if any(has_nan(values) for values in parameters):
-                raise ValueError(
-                    f"{type(self.guide).__name__}: the answer for '{block.sites[0]}' is NaN. Its data are infinite, or "
-                    f"the guide's parameters are NaN: look at the losses of its training."
-                )
-        self._parameters[block.name] = parameters
-        marks = self._with_data.get(block.name)
-        if marks is not None and not (self.answering or torch.is_grad_enabled() or is_recorded() or bool(marks.any())):
-            self._uninformed.note(block, plates)
-        other_size = marks is not None and list(marks.shape) != self._sizes[block.name]  # which is refused in its turn
-        if marks is not None and (other_size or (self.answering and bool(marks.all()))):
-            self._with_data[block.name] = None
-        return parameters
-
-    def _goes_on(self, block: Block, plate: Plate) -> bool:
-        """Whether a plate is longer than the table of its latents and the data: its last elements are forecasts."""
-        known = self.plan.plates[plate.name]
-        if plate.name not in block.couples or plate.size <= known:
-            return False
-        return any(known in value.shape for value in self.call.tensors.values())
-
-    def _extended(self, block: Block, plates: dict[str, Plate], parameters: list[Tensor]) -> list[Tensor]:
-        """Lets elements after the last datum have the model's own conditional, in plates where each moves others."""
-        sizes = list(self._sizes[block.name])
-        for axis, name in enumerate(block.plates):
-            lacking = plates[name].size - sizes[axis] if name in plates and name in block.couples else 0
-            if lacking <= 0:
-                continue
-            marks = self._with_data.get(block.name) if block.exact_prior else None
-            marks = torch.ones(sizes, dtype=torch.bool) if marks is None else marks
-            parts = [values.unflatten(-2, sizes) for values in parameters]
-            parts = [lengthened(values, axis - len(sizes) - 1, lacking) for values in parts]
-            parameters = [values.flatten(-1 - len(sizes), -2) for values in parts]
-            self._with_data[block.name] = lengthened(marks, axis, lacking)
-            self._beyond.add(block.name)
-            sizes[axis] += lacking
-        self._sizes[block.name] = sizes
-        return parameters
-
-    def _encoded(self, block: Block, plates: dict[str, Plate]) -> list[Tensor] | None:
-        """Encodes the data of a block, in answers some elements of its longest plate at a time, so far as it can."""
-        coder = self.guide.coder_of(block)
-        chain = block.plates.index(block.chain) if block.chain else None
-        name = free_plate(block, plates) if self.answering and isinstance(coder, Heads) else None
-        if name is None or plates[name].size <= FIRST:
-            reading = self.reader.read(block, plates)
-            if reading is None:
-                return None
-            self._sizes[block.name], self._with_data[block.name] = reading.sizes, reading.with_data(chain)
-            return self._encoded_piece(block, coder, reading)
-        axis, size, start, count = block.plates.index(name), plates[name].size, 0, FIRST
-        whole: list[Tensor] = []
-        with_data: Tensor | None = None
-        while start < size:
-            reading = self.reader.read(block, plates, Piece(name, start, min(count, size - start)))
-            if reading is None:
-                return None
-            here = reading.sizes[axis]
-            sizes = [size if i == axis else n for i, n in enumerate(reading.sizes)]
-            parts = [part.unflatten(-2, reading.sizes) for part in self._encoded_piece(block, coder, reading)]
-            whole = whole or [part.new_empty(*part.shape[: -1 - len(sizes)], *sizes, part.shape[-1]) for part in parts]
-            marks = reading.with_data(chain)
-            if marks is not None:
-                with_data = marks.new_ones(sizes) if with_data is None else with_data
-                with_data.narrow(axis, start, here).copy_(marks)
-            for values, part in zip(whole, parts, strict=True):
-                values.narrow(axis - len(sizes) - 1, start, here).copy_(part)
-            if start == 0:
-                count = max(1, LIMIT * FIRST // reading.numbers(block, coder.widest_before))
-            start += here
-        self._sizes[block.name], self._with_data[block.name] = sizes, with_data
-        return [values.flatten(-1 - len(sizes), -2) for values in whole]
-
-    def _encoded_piece(self, block: Block, coder: Any, reading: Reading) -> list[Tensor]:
-        if not block.amortized:
-            return []
-        if isinstance(coder, Rows):
-            return coder(torch.arange(math.prod(reading.sizes)))  # type: ignore[no-any-return]
-        prepare = self.guide.preparation_of(block)
-        features = prepare(reading.cells, self.guide.dtype, looks=not self.answering)
-        rows = features_of(block, coder, features, reading)
-        if not self.answering:
-            return coder(rows)  # type: ignore[no-any-return]
-        for name, labels in prepare.untrained(reading.cells).items():
-            some = ", ".join(map(str, sorted(labels)[:3])) + (", ..." if len(labels) > 3 else "")
-            warnings.warn(
-                f"{type(self.guide).__name__}: no row that the guide was trained on had the label {some} of argument "
-                f"'{name}', so for such rows the answer for '{block.sites[0]}' follows from their other data alone. "
-                f"Train it on rows that have it.",
-                stacklevel=2,
-            )
-        parts = in_pieces(coder, rows, LIMIT // 8)
-        if any(has_nan(part) for part in parts):  # many data are quicker to look at when they are answers
-            prepare(reading.cells, self.guide.dtype)
-        return parts
+        return self.blocks.of(block, msg)
 
     def _find_given(self) -> None:
         """Finds what this call observes of the discrete sites that encoders see before the model comes to them.
@@ -544,9 +408,9 @@ class GuidedRun(Messenger):
         block = self.plan.block_of(name)
         assert block is not None
         stand_in = {**msg, "name": name, "fn": _even(block).expand(msg["fn"].batch_shape), "infer": {}, "mask": None}
-        parameters = self._block_parameters(block, stand_in)
+        parameters = self._parameters_of(block, stand_in)
         if parameters is not None:
-            self._with_data[block.name] = None
+            self.blocks.with_data[block.name] = None
             self._ahead[name] = False
             q = self._distribution(stand_in, block, 0, parameters, {})
             pyro.sample(name, q, infer=_enumeration_of(q))
@@ -561,44 +425,6 @@ class GuidedRun(Messenger):
             self.found[name], self.plates[name] = msg["fn"], self.plan.block_of(name).plates  # type: ignore[union-attr]
             msg["value"] = typical(msg["fn"])
         self._ahead[name] = True
-
-    def _refuse_missing(self, block: Block) -> None:
-        if self.answering:
-            raise ValueError(
-                f"{type(self.guide).__name__}: the data of '{block.sites[0]}' are missing in this call: it is informed "
-                f"by {list(block.inputs)}. Pass them, or draw from the prior: guide.predictive(...)."
-            )
-
-    def _index(self, block: Block, plates: dict[str, Plate]) -> Tensor:
-        """Returns which rows of a table the present elements are, plates outer to inner; shape (elements,)."""
-        index = torch.zeros(1, dtype=torch.long)
-        for name in block.plates:
-            full_size = self.plan.plates[name]
-            ids = self.guide.row_ids.get(name)
-            if ids is None and name in plates:
-                present = plates[name].full_size
-                if present != full_size and not self._goes_on(block, plates[name]):
-                    raise ValueError(
-                        f"{type(self.guide).__name__}: '{block.sites[0]}' has a table with a row for each of the "
-                        f"{full_size} elements of plate '{name}', but this call has {present}. A table cannot answer "
-                        f"for new rows; {block.remedy}."
-                    )
-                self._refuse_unknown_rows(block, plates[name])
-                ids = self.reader.indices.get(name) if present == full_size else None
-            ids = torch.arange(full_size) if ids is None else torch.as_tensor(ids)
-            index = (index.to(ids.device)[:, None] * full_size + ids[None, :]).flatten()
-        return index
-
-    def _refuse_unknown_rows(self, block: Block, plate: Plate) -> None:
-        """Refuses a minibatch of the rows of a table that an argument holds, where the plate drew its indices."""
-        for name, axis in self.plan.rows.get(plate.name, {}).items() if plate.name in self.at_random else ():
-            rows = self.call.leaves.get(name)
-            if isinstance(rows, Tensor) and rows.dim() > axis and rows.shape[axis] == plate.size < plate.full_size:
-                raise ValueError(
-                    f"{type(self.guide).__name__}: '{block.sites[0]}' has a table, but which rows of plate "
-                    f"'{plate.name}' the minibatch '{name}' holds is not said: the plate draws indices of its own. Say "
-                    f"it, pyro.plate('{plate.name}', {plate.full_size}, subsample=indices), or {block.remedy}."
-                )
 
     def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
@@ -616,13 +442,13 @@ class GuidedRun(Messenger):
                 f"{type(self.guide).__name__}: site '{msg['name']}' has shape {expected} per element in unconstrained "
                 f"space, but the guide was initialized with {shape}. Build a new guide for this model."
             )
-        sizes, present = self._sizes[block.name], [plate.size for plate in plates]
+        sizes, present = self.blocks.sizes[block.name], [plate.size for plate in plates]
         values = of_turn(parameters[which], block.plates, sizes, turn)
-        marks, with_data = None, self._with_data.get(block.name)
+        marks, with_data = None, self.blocks.with_data.get(block.name)
         if with_data is not None:
             marks = of_turn(with_data.flatten()[:, None], block.plates, sizes, turn)
             marks = placed(marks, present, [plate.dim for plate in plates], ()).to(values.device)
-        own = marks if block.exact_prior or block.name in self._beyond else None
+        own = marks if block.exact_prior or block.name in self.blocks.beyond else None
         idle = block.sites[which] in self.plan.idle and block.chain is None  # of a chain marks tell what data depend on
         if idle and isinstance(msg["mask"], Tensor):
             own = msg["mask"] if own is None else own & msg["mask"]

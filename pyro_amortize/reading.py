@@ -139,6 +139,7 @@ class Reader:
         self.observations, self.inputs, self.kind = observations, inputs, kind
         self.indices: dict[str, Any] = {}
         self.fixed: dict[str, Any] = {}
+        self.at_random: set[str] = set()
         self.drawn: dict[str, Tensor] = {}
         self.looked_up: dict[str, Any] = {}
         self.made: dict[str, Tensor] = {}

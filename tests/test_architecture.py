@@ -49,6 +49,7 @@ ORDER = [
     {"verdict", "reading", "carried", "answering", "remedies", "changes"},
     {"sight"},
     {"planner", "building", "prediction", "uninformed"},
+    {"parametrization"},
     {"handler"},
     {"guides"},
     {"densities", "distance", "minibatch", "pointwise"},

@@ -12,7 +12,17 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_amortize import MLP, AutoAmortizedNormal, Constant, Recurrent, Table, Window, fit_svi, handler, posterior
+from pyro_amortize import (
+    MLP,
+    AutoAmortizedNormal,
+    Constant,
+    Recurrent,
+    Table,
+    Window,
+    fit_svi,
+    parametrization,
+    posterior,
+)
 
 GUIDES = {"default": None, "linear": MLP(()), "constant": Constant(), "table": Table()}
 
@@ -28,8 +38,8 @@ def answers(guide, args, kwargs):
 
 def in_pieces(monkeypatch, first=3, limit=200):
     """Makes pieces small."""
-    monkeypatch.setattr(handler, "FIRST", first)
-    monkeypatch.setattr(handler, "LIMIT", limit)
+    monkeypatch.setattr(parametrization, "FIRST", first)
+    monkeypatch.setattr(parametrization, "LIMIT", limit)
     monkeypatch.setattr(posterior, "LIMIT", limit)
 
 
