@@ -183,8 +183,8 @@ def train(
     Args:
         model: The model.
         guide: The guide.
-        args: The model's positional arguments.
-        kwargs: The model's keyword arguments.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
         options: As of ``fit_svi``.
         title: What the progress bar says.
         held: If the model's parameters are to be as before in the end, the record that puts them back.
@@ -199,29 +199,26 @@ def train(
         steps = Steps(model, guide, loss, options, held, train_model)
         rates = [decay(step, options.num_steps) for step in range(options.num_steps)]
         losses, drift = [], Drift(rates)
-        bar = progress_bar(range(options.num_steps), desc=title, shown=options.progress)
-        for step in bar:
+        for step in (bar := progress_bar(range(options.num_steps), desc=title, shown=options.progress)):
             with batches.next() as batch:
                 losses.append(steps.take(step, *batch))
             drift.see(step, steps.parameters.values())
             if step % max(1, options.num_steps // 100) == 0:
                 bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
         ratio = batches.log_ratio(options.seed or 0)
+        left = by_losses(torch.tensor(losses, dtype=torch.float64), rates)
         if isinstance(loss, ELBOS):
             left = drift.remaining(steps.parameters.values(), lambda: batches.log_ratio(options.seed or 0, NUM_LOOKS))
-        else:
-            left = by_losses(torch.tensor(losses, dtype=torch.float64), rates)
-        num_parameters = sum(p.numel() for p in batches.guide_parameters().values())
-    elbo_se = float(ratio.std() / math.sqrt(len(ratio)))
+        parameters = batches.guide_parameters().values()
     return SVIFit(
         guide=guide,
         losses=torch.tensor(losses),
         elbo=float(ratio.mean()),
-        elbo_se=elbo_se,
-        converged=left.is_negligible(elbo_se),
+        elbo_se=(se := float(ratio.std() / math.sqrt(len(ratio)))),
+        converged=left.is_negligible(se),
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
-        num_parameters=num_parameters,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
         compile_seconds=steps.compile_seconds,
         fallback=steps.fallback,
         remaining=left.gain,
