@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_amortize.answers import Joined, Series
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.plan import AmortizationPlan
 from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.subsamples import Lengths, axis_of, covering, walked
@@ -57,8 +57,8 @@ class Answer:
 def answered(
     run: Callable[[Mapping[str, Any]], Answer],
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     lengths: Lengths,
 ) -> Answer:
     """Returns the answer for all elements that the data hold.

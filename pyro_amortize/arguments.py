@@ -16,7 +16,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Model, signature_of
+from pyro_amortize.calls import Args, Kwargs, Model, signature_of
 from pyro_amortize.parameters import preserved
 
 P = ParamSpec("P")
@@ -81,7 +81,7 @@ def check_options(function: str, option: str, given: Mapping[str, Any] | None, k
     return dict(given or {})
 
 
-def check_model(function: str, model: Any, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+def check_model(function: str, model: Any, args: Args, kwargs: Any) -> dict[str, Any]:
     """Refuses a model that is none, or whose arguments do not fit; returns its keyword arguments."""
     refuse_guide(function, model)
     if not callable(model):
@@ -102,9 +102,7 @@ def check_model(function: str, model: Any, args: tuple[Any, ...], kwargs: Any) -
     return dict(kwargs or {})
 
 
-def check_pair(
-    function: str, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Any
-) -> tuple[Model, dict[str, Any]]:
+def check_pair(function: str, model: Any, guide: Any, args: Args, kwargs: Any) -> tuple[Model, dict[str, Any]]:
     """Refuses a model and guide that are swapped or missing; returns the guide, and the model's keyword arguments.
 
     The guide may be a fit, which stands for its guide.
@@ -168,7 +166,7 @@ def refuse_guide(function: str, model: Any, guide: Any = None) -> None:
         )
 
 
-def observes(program: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def observes(program: Model, args: Args, kwargs: Kwargs) -> bool:
     """Tells whether a program observes data, as models do and guides do not, though some of Pyro's run the model."""
     if _is_guide(program):
         return False

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.changes import described
 from pyro_amortize.encoders import (
     MLP,
@@ -40,7 +40,7 @@ from pyro_amortize.reading import Reading, features_of
 from pyro_amortize.structure import Plate, Structure, plates_of
 from pyro_amortize.supports import bijection, init_to_center, is_delta, prior_logits, support_of
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[Args, Kwargs]
 CLASSES: dict[Any, str] = {
     MLP: "MLP((64, 64))",
     DeepSets: "DeepSets()",
@@ -179,7 +179,7 @@ class Builder:
         encoder = encoder_for(self.options["encoder"], block.name, block.sites, block.plates)
         if encoder is None:
             return Recurrent() if block.reach else MLP((min(max(64, block.features // 2), 400),) * 2)
-        return encoder  # type: ignore[no-any-return]
+        return encoder
 
     def _trunk_width(
         self, block: Block, coder: Heads, preparation: nn.Module, reading: Reading, dtype: torch.dtype

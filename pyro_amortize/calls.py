@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Model = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class Call:
@@ -23,9 +25,7 @@ class Call:
     under key "y" of the argument ``batch`` is called ``batch['y']``.
     """
 
-    def __init__(
-        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], signature: inspect.Signature | None = None
-    ) -> None:
+    def __init__(self, model: Model, args: Args, kwargs: Kwargs, signature: inspect.Signature | None = None) -> None:
         self._bound = (signature or signature_of(model)).bind(*args, **kwargs)
         self._bound.apply_defaults()
         self.leaves: dict[str, Any] = {}
@@ -34,7 +34,7 @@ class Call:
             for key, item in value.items() if variadic else [(name, value)]:
                 self.leaves.update(leaves_of(key, item))
 
-    def replaced(self, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def replaced(self, values: dict[str, Any]) -> tuple[Args, Kwargs]:
         """Returns positional and keyword arguments for the model, some leaves replaced."""
         arguments = {}
         for name, value in self._bound.arguments.items():
@@ -42,7 +42,7 @@ class Call:
                 arguments[name] = {key: rebuilt(key, item, values) for key, item in value.items()}
             else:
                 arguments[name] = rebuilt(name, value, values)
-        bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._bound.signature, arguments)
         return bound.args, bound.kwargs
 
     @property

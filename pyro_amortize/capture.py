@@ -105,7 +105,7 @@ class Recorded:
         graph = self.graphs.get(key)
         if graph is None:
             return self.function(values, other)
-        return _RowByRow.apply(values, other, graph) if key[-1] else graph([values, other])[0]  # type: ignore[no-any-return]
+        return _RowByRow.apply(values, other, graph) if key[-1] else graph([values, other])[0]
 
     def _graph(self, values: Tensor, other: Tensor) -> Graph | None:
         def run() -> list[Tensor]:
@@ -122,13 +122,13 @@ class _RowByRow(torch.autograd.Function):
     """A graph that returns values and their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, other: Tensor, graph: Graph) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, other: Tensor, graph: Graph) -> Tensor:
         value, gradient = graph([values, other])
         ctx.save_for_backward(gradient)
         return value
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return upstream[..., None] * gradient, None, None
 

@@ -113,7 +113,7 @@ class Informing:
             return None
         value = value.double()
         for site in {source.feeds for source in sources if source.feeds in self.plan.masks}:
-            source = self.plan.masks[site]  # type: ignore[index]
+            source = self.plan.masks[site]
             mask = None if source is None else call.tensors.get(source.name)
             if mask is None or mask.shape != value.shape:
                 return None

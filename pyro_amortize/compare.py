@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_amortize import digits, plots
 from pyro_amortize.arguments import check_given, check_model, check_options, named, observes
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.densities import log_densities
 from pyro_amortize.distance import has_seen
 from pyro_amortize.elsewhere import is_of, log_density_of
@@ -119,7 +119,7 @@ def compare_inference(
     num_draws: int = 1000,
     seed: int = 0,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> Comparison:
     """Fits the same model and data by several methods, and sets their ELBOs, times and moments side by side.
 
@@ -232,8 +232,8 @@ def by_label(methods: Any) -> dict[str, Any]:
 def _held_globals(
     model: Model,
     asked: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     given: Mapping[str, Tensor] | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Returns the values at which globals are held for all methods, and what there is to say of it."""
@@ -286,8 +286,8 @@ class _Fitting:
     """Fits method after method. The first fit trains the model's parameters, others hold them."""
 
     model: Model
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     options: Options
     held: Preserved
     num_draws: int
@@ -346,7 +346,7 @@ class _Fitting:
             best = max(amortized, key=lambda name: float(self.ratios[name].mean()))
             start = _guide_of(self.fits[best])
             return mean_field_guide(self.model, self.args, self.kwargs, start, self.options.seed)
-        return what  # type: ignore[no-any-return]
+        return what
 
     def draw(self, label: str, options: Mapping[str, Any]) -> None:
         """Runs MCMC, or says why it cannot run."""
@@ -360,7 +360,7 @@ def _guide_of(fit: Any) -> Any:
     return fit.guide if isinstance(fit, SVIFit) else fit
 
 
-def _num_rows(model: Model, fits: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _num_rows(model: Model, fits: Mapping[str, Any], args: Args, kwargs: Kwargs) -> int:
     """Returns the size of the plate that is amortized; of the largest, if none is."""
     guides = [_guide_of(fit) for fit in fits.values() if not isinstance(fit, MCMCFit)]
     guides.sort(key=_answers_new_rows, reverse=True)
@@ -372,8 +372,8 @@ def _num_rows(model: Model, fits: Mapping[str, Any], args: tuple[Any, ...], kwar
 def _table(
     fits: Mapping[str, Any],
     ratios: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     num_rows: int,
 ) -> pd.DataFrame:
     means = {label: float(ratio.mean()) for label, ratio in ratios.items()}
@@ -406,7 +406,7 @@ def _answers_new_rows(fit: Any) -> bool:
     return not isinstance(fit, MCMCFit) and not isinstance(guide, PYROS_OWN)
 
 
-def _seconds(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _seconds(guide: Any, args: Args, kwargs: Kwargs) -> float:
     """Returns how long the guide's answer for the data takes, median of five."""
     answer = guide.posterior if isinstance(guide, AutoAmortized) else guide
     times = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.densities import log_densities, vectorizing
 from pyro_amortize.encoders import MLP, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.estimates import Part
@@ -37,8 +37,8 @@ class Conditioning:
 def conditioning_gap(
     model: Model,
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     plan: AmortizationPlan,
     plate: str | None,
     options: Options,
@@ -88,8 +88,8 @@ def conditioning_gap(
 def _trained_ratio(
     model: Model,
     guide: AutoAmortized,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     plate: str | None,
     options: Options,
     num_draws: int,

@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.bars import progress_bar
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.enumeration import CHUNK, DRAWS, Tied, enumerating, num_values, side_by_side, summed_out
 from pyro_amortize.missing import refuse_nan
 from pyro_amortize.parameters import preserved
@@ -57,8 +57,8 @@ class Densities:
 def log_densities(
     model: Model,
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     *,
     plate: str | None = None,
     num_draws: int = 1000,
@@ -127,7 +127,7 @@ def log_ratios(calls: Iterable[AbstractContextManager[Setting]]) -> Tensor:
     return torch.cat(ratios)
 
 
-def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str) -> None:
+def refuse_other_plates(model: Model, guide: Model, args: Args, kwargs: Kwargs, plate: str) -> None:
     """Refuses a guide that names a plate of the model otherwise.
 
     Raises:
@@ -137,9 +137,7 @@ def refuse_other_plates(model: Model, guide: Model, args: tuple[Any, ...], kwarg
         Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
 
 
-def enumerated_sites(
-    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, tuple[str, ...]], int]:
+def enumerated_sites(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> tuple[dict[str, tuple[str, ...]], int]:
     """Finds the latents that are summed out: marked for it, and not sampled by the guide.
 
     Returns:
@@ -150,7 +148,7 @@ def enumerated_sites(
     return evaluation.enumerated, evaluation.nesting
 
 
-def vectorizing(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def vectorizing(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> int | None:
     """Returns the depth of the model's plates if draws made in one run are what a run each gives, else None."""
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         pyro.set_rng_seed(0)
@@ -164,7 +162,7 @@ class Evaluation:
     Used inside :func:`~pyro_amortize.parameters.preserved` with its messages blocked, as all functions here do.
     """
 
-    def __init__(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
@@ -272,14 +270,14 @@ class Evaluation:
         model_trace, guide_trace = self._traces(count)
         return self._log_p(model_trace, plate, count), self._sum(guide_trace, plate, count)
 
-    def once(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Densities:
+    def once(self, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> Densities:
         """Returns the totals of one draw in another call, of as many rows."""
         other = copy.copy(self)
         other.model, other.guide, other.args, other.kwargs = model, guide, args, kwargs
         with pyro.validation_enabled(False):  # the run before has shown that the model is sound
             return Densities(*other._run(None, None))
 
-    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str, size: int) -> Evaluation:
+    def on(self, args: Args, kwargs: Kwargs, plate: str, size: int) -> Evaluation:
         """Returns this evaluation for a call with so many elements of a plate."""
         self._try_vectorizing(plate)
         other = copy.copy(self)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.enumeration import CHUNK, side_by_side
 from pyro_amortize.structure import plates_of
 from pyro_amortize.subsamples import axis_of
@@ -31,7 +32,7 @@ class Runs:
         indices: The elements of its plates.
     """
 
-    def __init__(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, program: Program, args: Args, kwargs: Kwargs) -> None:
         self.program, self.args, self.kwargs = program, args, kwargs
         trace = poutine.trace(program(0, None)).get_trace(*args, **kwargs)
         self.indices = {name: site["value"] for name, site in trace.nodes.items() if site_is_subsample(site)}
@@ -127,7 +128,7 @@ class Held(Messenger):
         super().__init__()
         self.values, self.indices = values, indices
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             msg["value"] = self.indices.get(msg["name"], msg["value"])
         elif msg["name"] in self.values and not msg["is_observed"]:
@@ -143,8 +144,8 @@ def laid(value: Tensor, batch_dim: int, start: int, count: int | None, nesting: 
 
 def run_at(
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     values: Values,
     indices: Mapping[str, Any],
     num_draws: int,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_amortize.calls import Model, leaves_of, rebuilt
+from pyro_amortize.calls import Args, Kwargs, Model, leaves_of, rebuilt
 from pyro_amortize.capture import Graph, Uncapturable, record
 from pyro_amortize.parameters import preserved
 
@@ -68,7 +68,7 @@ class CapturedLoss:
         self._is_crowded = False
         self._floats: dict[Any, set[Any]] = {}
 
-    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluated | None:
+    def evaluate(self, args: Args, kwargs: Kwargs) -> Evaluated | None:
         """Runs the graph of a call; None where Pyro is to run it instead."""
         if self.doubt is not None or not all(_only_sees_params(handler) for handler in _PYRO_STACK):
             return None
@@ -130,9 +130,7 @@ class CapturedLoss:
             graph = record(run, [*parameters, *call.aliases])
         return _Recorded(graph, announced, parameters, used, [(m, m.training) for m in modules.values()])
 
-    def _plain(
-        self, parameters: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def _plain(self, parameters: list[Tensor], args: Args, kwargs: Kwargs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Returns the loss and its gradients, under Pyro's handlers."""
         with poutine.block():
             loss, surrogate = self.elbo.losses(self.model, self.guide, args, kwargs)
@@ -249,7 +247,7 @@ class _Arguments:
         floats: What values floats had in calls that were alike otherwise; those of many values become tensors.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], floats: dict[Any, set[Any]]) -> None:
+    def __init__(self, args: Args, kwargs: Kwargs, floats: dict[Any, set[Any]]) -> None:
         self.args, self.kwargs = args, kwargs
         kinds: list[Any] = []
         numbers: list[float] = []
@@ -284,7 +282,7 @@ class _Arguments:
         return [tensor.detach() for tensor in self.tensors]
 
     @property
-    def aliased(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def aliased(self) -> tuple[Args, Kwargs]:
         """The arguments, aliases in the place of tensors."""
         names = [name for name, leaf in self._leaves.items() if isinstance(leaf, Tensor)]
         args, kwargs = rebuilt("", [self.args, self.kwargs], dict(zip(names, self.aliases, strict=True)))
@@ -302,7 +300,7 @@ class _CompiledELBO(ELBO):
             losses[key] = CapturedLoss(self, model, guide, _soon)
         found = losses[key].evaluate(args, kwargs)
         if found is None:
-            return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().loss_and_grads(model, guide, *args, **kwargs)
         found.announce()
         add_gradients(found)
         return float(found.loss)
@@ -311,7 +309,7 @@ class _CompiledELBO(ELBO):
         """Returns the loss of one draw, and its surrogate."""
         raise NotImplementedError
 
-    def losses(self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def losses(self, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> tuple[Any, Any]:
         """Returns the loss, and the surrogate that has its gradients, as tensors."""
         loss: Any = 0.0
         surrogate: Any = 0.0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.fit import SVIFit
 from pyro_amortize.parameters import preserved
 
 
-def is_of(fit: SVIFit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_of(fit: SVIFit, args: Args, kwargs: Kwargs) -> bool:
     """Whether a fit was to the data of a call; taken to be where it does not say."""
     if not fit.args and not fit.kwargs:
         return True
@@ -27,7 +26,7 @@ def is_of(fit: SVIFit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def log_density_of(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], given: Iterable[str]) -> Tensor:
+def log_density_of(model: Model, args: Args, kwargs: Kwargs, given: Iterable[str]) -> Tensor:
     """Returns the log density of latents that a model is conditioned on, which is no part of the data's."""
     names, total = set(given), torch.zeros(())
     if not names:

@@ -20,10 +20,11 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.parameters import preserved
 from pyro_amortize.structure import plates_of
 from pyro_amortize.supports import is_enumerated
@@ -38,13 +39,13 @@ class Tied(ValueError):
 
 def side_by_side(model: Model, count: int | None, nesting: int) -> Model:
     """Runs a model or guide for several draws at once, in a plate outside its own; with None, as it is."""
-    return model if count is None else pyro.plate(DRAWS, count, dim=-1 - nesting)(model)  # type: ignore[no-any-return]
+    return model if count is None else pyro.plate(DRAWS, count, dim=-1 - nesting)(model)
 
 
 def enumerating(model: Model, count: int | None, nesting: int) -> Model:
     """Runs a model with the values of its enumerated sites to the left of its plates, and of that of the draws."""
     model = side_by_side(model, count, nesting)
-    return EnumMessenger(first_available_dim=-1 - nesting - (count is not None))(model)  # type: ignore[no-any-return]
+    return EnumMessenger(first_available_dim=-1 - nesting - (count is not None))(model)
 
 
 def summed_out(trace: poutine.Trace, plates: Mapping[str, int]) -> Tensor:
@@ -82,8 +83,8 @@ def num_values(trace: poutine.Trace) -> int:
 
 def draw_enumerated(
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     values: Mapping[str, Tensor],
     indices: Mapping[str, Any],
     num_draws: int,
@@ -115,7 +116,7 @@ class _Given(Messenger):
         super().__init__()
         self.values, self.indices = values, indices
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             msg["value"] = self.indices.get(name, msg["value"])
@@ -127,7 +128,7 @@ class _Given(Messenger):
         elif not msg["is_observed"] and not is_enumerated(msg):
             msg["mask"] = False
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.indices[msg["name"]] = msg["value"]
         elif msg["infer"].get("_one_hot"):
@@ -140,8 +141,8 @@ class _Conditional:
     def __init__(
         self,
         model: Model,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         values: Mapping[str, Tensor],
         indices: Mapping[str, Any],
     ) -> None:
@@ -178,13 +179,13 @@ class _Conditional:
     def _given(self, start: int, count: int | None) -> Model:
         """The model at one draw of the latents, or at several."""
         if count is None:
-            return _Given({name: value[start] for name, value in self.values.items()}, self.indices)(self.model)  # type: ignore[no-any-return]
+            return _Given({name: value[start] for name, value in self.values.items()}, self.indices)(self.model)
         held = {}
         for name, value in self.values.items():
             lacking = self.nesting - len(self.batches[name])
             part = value[start : start + count]
             held[name] = part.reshape((count, *(1,) * lacking, *part.shape[1:]))
-        return _Given(held, self.indices)(self.model)  # type: ignore[no-any-return]
+        return _Given(held, self.indices)(self.model)
 
     def _trace(self, model: Model) -> poutine.Trace:
         return prune_subsample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pyro_amortize.bases import look
-from pyro_amortize.calls import Call, Model, opened
+from pyro_amortize.calls import Args, Call, Kwargs, Model, opened
 from pyro_amortize.elements import Elements
 from pyro_amortize.excerpt import FEW, Long, Part
 from pyro_amortize.held import places
@@ -27,7 +27,7 @@ from pyro_amortize.structure import Link, Structure, plates_of
 from pyro_amortize.views import View, events_of_rows
 
 
-def examine(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+def examine(model: Model, args: Args, kwargs: Kwargs) -> Structure:
     """Finds the facts about a model that a plan needs.
 
     A long call is examined on :data:`~pyro_amortize.excerpt.FEW` random rows and the rows of each column's extremes,

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_amortize.calls import Call
+from pyro_amortize.calls import Args, Call, Kwargs
 from pyro_amortize.structure import Plate
 
 LARGE = 10_000
@@ -46,7 +45,7 @@ class Long:
             if all(shape.count(length) == 1 for shape in there.values()):
                 yield cls(call, length, {name: shape.index(length) for name, shape in there.items()})
 
-    def on(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def on(self, rows: Tensor) -> tuple[Args, Kwargs]:
         """Returns the model's arguments with these rows only."""
         leaves = {name: self.call.leaves[name] for name in self.axes}
         return self.call.replaced(
@@ -92,12 +91,12 @@ class Part:
     plates: dict[str, Plate]
 
     @property
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self) -> tuple[Args, Kwargs]:
         """The model's arguments with these rows."""
         return self.long.on(self.rows)
 
     @property
-    def sample(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def sample(self) -> tuple[Args, Kwargs]:
         """The model's arguments with random rows, as many as a call may have that is not long."""
         return self.long.on(self.long.some(LARGE))
 

@@ -15,10 +15,11 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim.optim import PyroOptim
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.bars import progress_bar
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.convergence import Drift, by_losses
 from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
 from pyro_amortize.digits import with_error
@@ -73,8 +74,8 @@ class SVIFit:
     remaining: float = math.nan
     remaining_se: float = math.nan
     model: Any = field(default=None, repr=False, compare=False)
-    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
-    kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    args: Args = field(default=(), repr=False, compare=False)
+    kwargs: Kwargs = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         compiling = f" ({self.compile_seconds:.1f} s of it compiling)" if self.compile_seconds else ""
@@ -111,7 +112,7 @@ def fit_svi(
     compile: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> SVIFit:
     """Trains a guide, and the model's own parameters with it, as ``SVI`` does.
 
@@ -170,8 +171,8 @@ def fit_svi(
 def train(
     model: Model,
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     options: Options,
     title: str,
     *,
@@ -183,8 +184,8 @@ def train(
     Args:
         model: The model.
         guide: The guide.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
         options: As of ``fit_svi``.
         title: What the progress bar says.
         held: If the model's parameters are to be as before in the end, the record that puts them back.
@@ -198,27 +199,24 @@ def train(
         loss = options.loss or _default_loss(guide, options, bool(batches.enumerated), batches.nesting)
         steps = Steps(model, guide, loss, options, held, train_model)
         rates = [decay(step, options.num_steps) for step in range(options.num_steps)]
-        losses, drift = [], Drift(rates)
-        for step in (bar := progress_bar(range(options.num_steps), desc=title, shown=options.progress)):
-            with batches.next() as batch:
-                losses.append(steps.take(step, *batch))
-            drift.see(step, steps.parameters.values())
-            if step % max(1, options.num_steps // 100) == 0:
-                bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
+        drift = Drift(rates)
+        losses = _losses(steps, batches, drift, progress_bar(range(len(rates)), desc=title, shown=options.progress))
         ratio = batches.log_ratio(options.seed or 0)
-        left = by_losses(torch.tensor(losses, dtype=torch.float64), rates)
         if isinstance(loss, ELBOS):
             left = drift.remaining(steps.parameters.values(), lambda: batches.log_ratio(options.seed or 0, NUM_LOOKS))
-        parameters = batches.guide_parameters().values()
+        else:
+            left = by_losses(torch.tensor(losses, dtype=torch.float64), rates)
+        num_parameters = sum(p.numel() for p in batches.guide_parameters().values())
+    elbo_se = float(ratio.std() / math.sqrt(len(ratio)))
     return SVIFit(
         guide=guide,
         losses=torch.tensor(losses),
         elbo=float(ratio.mean()),
-        elbo_se=(se := float(ratio.std() / math.sqrt(len(ratio)))),
-        converged=left.is_negligible(se),
+        elbo_se=elbo_se,
+        converged=left.is_negligible(elbo_se),
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
-        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_parameters=num_parameters,
         compile_seconds=steps.compile_seconds,
         fallback=steps.fallback,
         remaining=left.gain,
@@ -227,6 +225,18 @@ def train(
         args=args,
         kwargs=kwargs,
     )
+
+
+def _losses(steps: Steps, batches: _Batches, drift: Drift, bar: tqdm) -> list[float]:
+    """Takes the steps that a progress bar counts; returns their losses."""
+    losses: list[float] = []
+    for step in bar:
+        with batches.next() as batch:
+            losses.append(steps.take(step, *batch))
+        drift.see(step, steps.parameters.values())
+        if step % max(1, bar.total // 100) == 0:
+            bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
+    return losses
 
 
 @contextmanager
@@ -264,9 +274,7 @@ class _Batches:
         nesting: How many dimensions the model's plates take.
     """
 
-    def __init__(
-        self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
-    ) -> None:
+    def __init__(self, model: Model, guide: Model, args: Args, kwargs: Kwargs, options: Options) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.size = options.batch_size or 0
         self.way = _minibatches(model, guide, args, kwargs, options, ())
@@ -337,8 +345,8 @@ class _Batches:
 def _minibatches(
     model: Model,
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     options: Options,
     enumerated: tuple[str, ...],
 ) -> Minibatches | None:

@@ -16,7 +16,7 @@ from pyro_amortize import digits, doubts, plots
 from pyro_amortize.advice import advise, generalization
 from pyro_amortize.arguments import check_count, check_model, check_pair, named
 from pyro_amortize.arviz_bridge import good_k
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.conditioning import Conditioning, conditioning_gap
 from pyro_amortize.densities import enumerated_sites, log_densities, scale_of
 from pyro_amortize.distance import FAR, distances
@@ -145,7 +145,7 @@ def amortization_gap(
     num_training_steps: int = 1000,
     seed: int = 0,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> GapReport:
     """Measures per datum what a guide loses, and whether to the encoder or to the family.
 
@@ -283,8 +283,8 @@ class _Measure:
         self,
         model: Model,
         guide: Model,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         options: Options,
         sizes: _Sizes,
     ) -> None:

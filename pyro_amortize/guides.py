@@ -30,7 +30,7 @@ from pyro_amortize.answering import Answer, answered
 from pyro_amortize.answers import Answers, Derived, Others
 from pyro_amortize.arguments import check_count, named, refuse_guide, with_rows
 from pyro_amortize.building import Builder, check_encoder, check_inputs
-from pyro_amortize.calls import Call, Model, signature_of
+from pyro_amortize.calls import Args, Call, Kwargs, Model, signature_of
 from pyro_amortize.carried import Known
 from pyro_amortize.encoders import Encoder, Heads
 from pyro_amortize.enumeration import draw_enumerated
@@ -218,7 +218,7 @@ class AutoAmortized(AutoGuide):
         with _outside_plates():
             self._initialize(args, kwargs)
 
-    def _initialize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _initialize(self, args: Args, kwargs: Kwargs) -> None:
         with with_rows(type(self).__name__):
             facts = examine(self.model, args, kwargs)
         builder = self._builder()
@@ -284,7 +284,7 @@ class AutoAmortized(AutoGuide):
         """
         return self._posterior(self._answer("posterior", args, kwargs), args, kwargs)
 
-    def _posterior(self, answer: Answer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
+    def _posterior(self, answer: Answer, args: Args, kwargs: Kwargs) -> Posterior:
         assert self.plan is not None
         discrete = joint = None
         conditional = any(source.drawn for block in self.plan.blocks for source in block.sources)
@@ -305,7 +305,7 @@ class AutoAmortized(AutoGuide):
         given: Any = None,
         num_samples: int = 1000,
         parallel: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
+        model_kwargs: Kwargs | None = None,
     ) -> dict[str, Tensor]:
         """Draws latents from the guide, and replicated observations from the model, for the rows of a call.
 
@@ -347,14 +347,11 @@ class AutoAmortized(AutoGuide):
             >>> y = 3.0 * group + x + torch.randn(30)
             >>> guide = AutoAmortized(model)
             >>> fit = fit_svi(model, guide, x, group, y, num_steps=10, progress=False)
-            >>> new_x, new_group = torch.zeros(2), torch.tensor([0, 2])
-            >>> guide.predictive(new_x, new_group, given=(x, group, y), num_samples=100)["y"].shape
+            >>> guide.predictive(torch.zeros(2), group[:2], given=(x, group, y), num_samples=100)["y"].shape
             torch.Size([100, 2])
         """
         check_count("predictive", "num_samples", num_samples)
         self._refuse_uninitialized("predictive")
-        assert self.plan is not None
-
         self._warned.clear()
         call, informing = (args, model_kwargs or {}), None if given is None else arguments_of(given)
         for arguments in (call, informing or call):
@@ -373,20 +370,20 @@ class AutoAmortized(AutoGuide):
         with preserved(self.model, self, evaluating=True, random_state=False), torch.no_grad(), poutine.block():
             yield Prediction(self.model, self.plan, guided, num_draws, parallel)  # type: ignore[arg-type]
 
-    def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, count: int) -> dict[str, Tensor]:
+    def _drawn(self, args: Args, kwargs: Kwargs, answer: Answer, count: int) -> dict[str, Tensor]:
         """Draws from q jointly, the encoders of some sites being given the draws of others."""
         with self._predicting(count) as prediction:
             return prediction.latents((args, kwargs), _others(answer))
 
     def _deterministic(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, draws: dict[str, Tensor]
+        self, args: Args, kwargs: Kwargs, answer: Answer, draws: dict[str, Tensor]
     ) -> dict[str, Derived]:
         """Returns the deterministic sites at draws of the latents."""
         with self._predicting(len(next(iter(draws.values()), ()))) as prediction:
             return prediction.deterministic((args, kwargs), draws, _others(answer))
 
     def _given_values(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, values: Mapping[str, Tensor]
+        self, args: Args, kwargs: Kwargs, answer: Answer, values: Mapping[str, Tensor]
     ) -> Mapping[str, Any]:
         """Returns q of each site with some latents held."""
         if answer.walked:
@@ -397,7 +394,7 @@ class AutoAmortized(AutoGuide):
         return self._answer("posterior", args, kwargs, values).found
 
     def _discrete(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Answer, draws: dict[str, Tensor], count: int
+        self, args: Args, kwargs: Kwargs, answer: Answer, draws: dict[str, Tensor], count: int
     ) -> dict[str, Tensor]:
         """Draws the sites that are summed out, given draws of the other latents."""
         found = draw_enumerated(self.model, args, kwargs, draws, answer.indices, count)
@@ -503,11 +500,11 @@ class AutoAmortized(AutoGuide):
 
     def coder_of(self, block: Block) -> Any:
         """Returns the module that makes a block's parameters; not by attribute, which PyroModule would announce."""
-        return self._modules["coders"][block.key]  # type: ignore[index]
+        return self._modules["coders"][block.key]
 
     def preparation_of(self, block: Block) -> Any:
         """Returns the module that prepares a block's inputs."""
-        return self._modules["preparations"][block.key]  # type: ignore[index]
+        return self._modules["preparations"][block.key]
 
     def _register(self) -> str:
         """Puts the parameters into the param store, and takes what was loaded there; returns the name before theirs."""
@@ -531,14 +528,12 @@ class AutoAmortized(AutoGuide):
             name = f"{prefix}.{name}"
             if local:
                 alias = parameter.view_as(parameter)
-                alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                alias.unconstrained = weakref.ref(parameter)
                 effectful(type="param")(_constantly(alias))(name, constraint=constraints.real, name=name)
             else:
                 pyro.param(name, parameter)
 
-    def _answer(
-        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Mapping[str, Tensor] | None = None
-    ) -> Answer:
+    def _answer(self, what: str, args: Args, kwargs: Kwargs, held: Mapping[str, Tensor] | None = None) -> Answer:
         """Runs the model with every latent at its median, or where it is held."""
         self._refuse_uninitialized(what)
         self._register()
@@ -584,7 +579,7 @@ class _Mark(nn.Module):
         self.given = given
 
     @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
         parameter = nn.Parameter(torch.zeros(()))
         self.given.append(weakref.ref(parameter))
         return {"mark": parameter}

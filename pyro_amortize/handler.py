@@ -16,12 +16,12 @@ import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.arguments import with_rows
-from pyro_amortize.calls import Call, is_recorded, opened, signature_of
+from pyro_amortize.calls import Args, Call, Kwargs, is_recorded, opened, signature_of
 from pyro_amortize.carried import Carried, Known
 from pyro_amortize.changes import refuse_changed, refuse_lost
 from pyro_amortize.groups import refuse_more_groups, refuse_other_groups, refuse_other_shape
@@ -60,8 +60,8 @@ class GuidedRun(Messenger):
     def __init__(
         self,
         guide: AutoAmortized,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         observations: dict[str, Tensor],
         answering: bool = False,
         plan: AmortizationPlan | None = None,
@@ -183,7 +183,7 @@ class GuidedRun(Messenger):
 
     # The handler.
 
-    def _pyro_param(self, msg: Any) -> None:
+    def _pyro_param(self, msg: Message) -> None:
         msg["stop"] = True
 
     def _is_covered(self) -> bool:
@@ -191,12 +191,12 @@ class GuidedRun(Messenger):
         drawn = {self.plan.turn_of(name)[0] for name in self.values}
         return all(site in drawn for block in self.plan.blocks for site in block.sites)
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         self._inside = True
         self._guide_site(msg)
         self._inside = False
 
-    def _guide_site(self, msg: Any) -> None:
+    def _guide_site(self, msg: Message) -> None:
         name = msg["name"]
         self._seen.add(name)
         if site_is_subsample(msg):
@@ -254,14 +254,14 @@ class GuidedRun(Messenger):
             self.plates[name] = tuple(plate.name for plate in around)
             msg["value"] = typical(q)
 
-    def _has_data(self, block: Block, msg: Any) -> bool:
+    def _has_data(self, block: Block, msg: Message) -> bool:
         """Whether this call has data of any element of a block."""
         if self._parameters_of(block, msg) is None:
             return False
         marks = self.blocks.with_data.get(block.name)
         return marks is None or bool(marks.any())
 
-    def _carry(self, msg: Any, carried: Carried | None) -> None:
+    def _carry(self, msg: Message, carried: Carried | None) -> None:
         """Draws a latent of which some elements have their values already."""
         if carried is None or carried.marks is None:
             return
@@ -270,14 +270,14 @@ class GuidedRun(Messenger):
         msg["fn"] = msg["fn"].expand(torch.broadcast_shapes(msg["fn"].batch_shape, batch))
         msg["value"] = torch.where(marks, value, msg["fn"]())
 
-    def _leave_markov_scope(self, msg: Any) -> None:
+    def _leave_markov_scope(self, msg: Message) -> None:
         """Takes names that are hidden from outside out of what ``pyro.markov`` tells outer handlers of."""
         scope = msg["infer"].get("_markov_scope")
         if scope:
             seen = {name for name in scope if self._is_guided(name)}
             msg["infer"]["_markov_scope"] = type(scope)({name: scope[name] for name in seen})
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             self.reader.indices[name] = msg["value"] if is_index(msg["value"]) else None
@@ -290,7 +290,7 @@ class GuidedRun(Messenger):
         elif self._is_guided(name):  # conditioned from outside
             self.values[name] = self.reader.drawn[name] = msg["value"]
 
-    def _see_data(self, msg: Any) -> None:
+    def _see_data(self, msg: Message) -> None:
         """Refuses data that the guide cannot answer for, and hides them from outside."""
         name, msg["stop"] = msg["name"], True
         self._refuse_other_turns(name)
@@ -308,7 +308,7 @@ class GuidedRun(Messenger):
         sizes = dict(zip(block.plates, self.blocks.sizes[block.name], strict=True))
         return all(position < sizes[loop] for loop, position in turn.items())
 
-    def _refuse_new_rows(self, msg: Any) -> None:
+    def _refuse_new_rows(self, msg: Message) -> None:
         """Refuses data of elements that have no row in a table, since these are not those of the call that informs."""
         for plate in (plate for plate in plates_of([msg]) if plate in self.blocks.new_rows):
             block = self.blocks.new_rows[plate]
@@ -318,7 +318,7 @@ class GuidedRun(Messenger):
                 f"{block.remedy}."
             )
 
-    def _refuse_new_mask(self, msg: Any) -> None:
+    def _refuse_new_mask(self, msg: Message) -> None:
         """Refuses a mask over data that were under none, since encoders would see what it covers."""
         site, _ = self.plan.turn_of(msg["name"])
         informs = any(site in level.sites for block in self.plan.blocks for level in block.levels)
@@ -352,7 +352,7 @@ class GuidedRun(Messenger):
                     f"AutoAmortizedNormal(model, encoder={{'{block.sites[0]}': Recurrent()}})."
                 )
 
-    def _subsample(self, msg: Any) -> None:
+    def _subsample(self, msg: Message) -> None:
         name = msg["name"]
         if self.guide.master is not None and name in getattr(self.guide.master(), "plates", {}):
             msg["value"] = self.guide.master().plates[name].indices
@@ -374,7 +374,7 @@ class GuidedRun(Messenger):
 
     # From data to distributions.
 
-    def _parameters_of(self, block: Block, msg: Any) -> list[Tensor] | None:
+    def _parameters_of(self, block: Block, msg: Message) -> list[Tensor] | None:
         """Returns the parameters of a block, whose encoder may see discrete latents that the model comes to later."""
         for source in block.sources:
             if source.drawn and source.name not in self.reader.drawn:
@@ -400,7 +400,7 @@ class GuidedRun(Messenger):
                 self.guide._given.clear()
             self.guide._given[key] = bool(given)
 
-    def _draw_ahead(self, name: str, msg: Any) -> None:
+    def _draw_ahead(self, name: str, msg: Message) -> None:
         """Draws a discrete site before the model comes to it, beside another in the same plates.
 
         Its prior is not known yet, so that elements without data have the encoder's answer.
@@ -415,7 +415,7 @@ class GuidedRun(Messenger):
             q = self._distribution(stand_in, block, 0, parameters, {})
             pyro.sample(name, q, infer=_enumeration_of(q))
 
-    def _take_drawn(self, msg: Any) -> None:
+    def _take_drawn(self, msg: Message) -> None:
         """Lets a draw ahead pass to the outside; hides the model's own later site, which takes its value."""
         name = msg["name"]
         if self._ahead[name]:
@@ -426,7 +426,9 @@ class GuidedRun(Messenger):
             msg["value"] = typical(msg["fn"])
         self._ahead[name] = True
 
-    def _distribution(self, msg: Any, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]) -> Any:
+    def _distribution(
+        self, msg: Message, block: Block, which: int, parameters: list[Tensor], turn: dict[str, int]
+    ) -> Any:
         """Returns q for a site: the family in unconstrained space, in the site's shape, taken to its support."""
         prior, extra = msg["fn"], block.logits[which]
         whole = unconstrained_shape(msg) if extra is None else prior.shape()
@@ -467,7 +469,7 @@ class GuidedRun(Messenger):
         return PriorWithoutData(own, prior.expand(q.batch_shape), q)
 
 
-def call_of(guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def call_of(guide: AutoAmortized, args: Args, kwargs: Kwargs) -> Call:
     """Returns the arguments of a call by name; refuses one without data, which suffices for Pyro's own guides."""
     signature = guide.signature or signature_of(guide.model)
     try:

@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
@@ -121,7 +122,7 @@ class HeldRun(Messenger):
             nodes[name] = {**nodes[name], "value": self.place.another(nodes[name], value)}
         return {n: s["value"] for n, s in merged(nodes, self.families, self.loops).items() if s["type"] == "sample"}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             self.drawn |= {name} if msg["value"] is None else set()
@@ -135,7 +136,7 @@ class HeldRun(Messenger):
                 self.plate_dims[name] = {f.name: f.dim - events for f in self.view.frames(msg) if f.vectorized}
             msg["value"] = self._own(self.unknowns, name, self._latents.get(name, self.values[name]))
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and is_index(msg["value"]):
             self.indices.setdefault(msg["name"], msg["value"])
 

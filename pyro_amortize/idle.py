@@ -9,9 +9,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.draws import Held, Runs, laid
 from pyro_amortize.supports import (
     can_be_drawn,
@@ -24,7 +25,7 @@ from pyro_amortize.supports import (
 )
 
 
-def left_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[Any]) -> dict[str, Tensor]:
+def left_latents(model: Model, args: Args, kwargs: Kwargs, sites: list[Any]) -> dict[str, Tensor]:
     """Returns latents that chains cannot draw, but on which no other density depends, and values to hold them at.
 
     Raises:
@@ -56,19 +57,19 @@ class Left(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["is_observed"], msg["mask"] = self.values[msg["name"]], True, False
 
 
 def beside(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], chain: dict[str, Tensor], names: Collection[str]
+    model: Model, args: Args, kwargs: Kwargs, chain: dict[str, Tensor], names: Collection[str]
 ) -> dict[str, Tensor]:
     """Draws some latents from the model, given each draw of the others."""
 
     def program(start: int, count: int | None) -> Model:
         rows = {n: laid(v, batches.get(n, 0), start, count, nesting) for n, v in chain.items()}
-        return Held(rows, {})(model)  # type: ignore[no-any-return]
+        return Held(rows, {})(model)
 
     if not names:
         return {}
@@ -92,15 +93,15 @@ class WithPrior(Messenger):
         super().__init__()
         self.names = names
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.names:
             msg["mask"], msg["fn"] = None, without_masks(msg["fn"])
 
 
 def _moves_others(
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     values: dict[str, Tensor],
     name: str,
     other: Tensor,
@@ -118,7 +119,7 @@ def _moves_others(
     return any(not torch.equal(density, after[site]) for site, density in before.items() if own or site != name)
 
 
-def idle_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[Any]) -> list[str]:
+def idle_latents(model: Model, args: Args, kwargs: Kwargs, sites: list[Any]) -> list[str]:
     """Finds the latents of whose entries a mask covers some, on which no density depends."""
     latents = {site["name"]: site for site in sites if not site["is_observed"]}
     found = ((name, site_mask(site)) for name, site in latents.items())

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import ComposeTransform
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.capture import Recorded
 from pyro_amortize.densities import Evaluation, scale_of
 from pyro_amortize.enumeration import side_by_side
@@ -56,8 +56,8 @@ class LocalJoint:
         self,
         model: Model,
         guide: Model,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         plan: AmortizationPlan,
         plate: str | None,
     ) -> None:
@@ -227,8 +227,8 @@ class LocalJoint:
         self,
         values: Tensor,
         rows: Tensor | None,
-        args: tuple[Any, ...] | None = None,
-        kwargs: dict[str, Any] | None = None,
+        args: Args | None = None,
+        kwargs: Kwargs | None = None,
     ) -> Tensor:
         """Runs the model on the data as the arguments have them."""
         evaluation = self.evaluation

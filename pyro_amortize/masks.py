@@ -110,10 +110,10 @@ class PriorAlone(dist.TorchDistribution):
         return PriorAlone(self.base_dist.expand(batch_shape))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base_dist.sample(torch.Size(sample_shape))  # type: ignore[no-any-return]
+        return self.base_dist.sample(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.base_dist.log_prob(value)  # type: ignore[no-any-return]
+        return self.base_dist.log_prob(value)
 
 
 @register_kl(PriorAlone, torch.distributions.Distribution)  # type: ignore[untyped-decorator]

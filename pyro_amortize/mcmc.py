@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_amortize import arviz_bridge
 from pyro_amortize.arguments import check_count, check_given, check_model, named
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.capture import Uncapturable
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.idle import Left, WithPrior, beside, idle_latents, left_latents
@@ -62,8 +62,8 @@ class MCMCFit:
     diverging: Tensor | None = field(default=None, repr=False, compare=False)
     outside: tuple[str, ...] = ()
     model: Any = field(default=None, repr=False, compare=False)
-    args: tuple[Any, ...] = field(default=(), repr=False, compare=False)
-    kwargs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    args: Args = field(default=(), repr=False, compare=False)
+    kwargs: Kwargs = field(default_factory=dict, repr=False, compare=False)
     given: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -189,7 +189,7 @@ def run_mcmc(
     engine: str = "auto",
     seed: int | None = None,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> MCMCFit:
     """Draws from the posterior by NUTS, chain after chain. The model's own parameters are held.
 
@@ -284,9 +284,7 @@ def run_mcmc(
     )
 
 
-def _held(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _held(model: Model, args: Args, kwargs: Kwargs, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Returns the values at which latents are held."""
     if given is None:
         return {}
@@ -316,7 +314,7 @@ def _drawing(engine: str, target: Target, seed: int, num_chains: int) -> tuple[C
 
 
 def _starts(
-    start: Model | Mapping[str, Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any], latents: list[str]
+    start: Model | Mapping[str, Tensor] | None, args: Args, kwargs: Kwargs, latents: list[str]
 ) -> Callable[[int], Mapping[str, Any]]:
     """Returns what says from a seed at which values of latents a chain starts."""
     if not latents:
@@ -349,9 +347,7 @@ def _starts(
     return drawn
 
 
-def _outside(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], chains: tuple[dict[str, Tensor], ...]
-) -> tuple[str, ...]:
+def _outside(model: Model, args: Args, kwargs: Kwargs, chains: tuple[dict[str, Tensor], ...]) -> tuple[str, ...]:
     """Runs the model at the last draw of each chain; names the sites that lie outside of their supports there."""
     found: dict[str, None] = {}
     for chain in chains:
@@ -364,7 +360,7 @@ def _outside(
     return tuple(found)
 
 
-def _all_rows(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _all_rows(model: Model, args: Args, kwargs: Kwargs) -> list[Any]:
     """Returns the sample sites of a model; refuses plates that subsample."""
     with poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)

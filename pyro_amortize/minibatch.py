@@ -16,10 +16,11 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call, Model
+from pyro_amortize.calls import Args, Call, Kwargs, Model
 from pyro_amortize.examination import examine
 from pyro_amortize.excerpt import Part
 from pyro_amortize.held import HeldRun, finite_place
@@ -44,7 +45,7 @@ class Rescaled(Messenger):
         self.plate, self.rows, self.inject = plate, rows, inject
         self.names = {plate.name, *plate.also}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             if self.inject and msg["name"] in self.names:
                 msg["value"] = self.rows
@@ -79,8 +80,8 @@ class Minibatches:
 
 def exact_minibatches(
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     pooled: Mapping[str, str] | None = None,
     enumerated: tuple[str, ...] = (),
 ) -> Minibatches | str:

@@ -18,7 +18,7 @@ from torch.distributions.transforms import ExpTransform
 from pyro_amortize import arviz_bridge
 from pyro_amortize.answers import Joined
 from pyro_amortize.bars import progress_bar
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.fit import seeded
 from pyro_amortize.guides import AutoAmortized
 from pyro_amortize.parameters import preserved
@@ -32,8 +32,8 @@ LOCATIONS = ("mean", *QUANTILES)
 def against_mcmc(
     guides: Mapping[str, Model],
     draws: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     *,
     num_draws: int,
     seed: int,
@@ -96,9 +96,7 @@ def _of_draws(draws: Tensor) -> _Summary:
     return _Summary(values, errors, draws)
 
 
-def _of_generated(
-    guide: AutoAmortized, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> tuple[dict[str, _Summary], list[str]]:
+def _of_generated(guide: AutoAmortized, args: Args, kwargs: Kwargs, seed: int) -> tuple[dict[str, _Summary], list[str]]:
     """Returns the summaries of a generated guide's sites, and its discrete latents."""
     posterior = guide.posterior(*args, **kwargs)
     with seeded(seed), torch.no_grad():
@@ -128,7 +126,7 @@ def _has_closed_form(fn: Any) -> bool:
 
 
 def _of_written(
-    guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int, seed: int, title: str, progress: bool
+    guide: Model, args: Args, kwargs: Kwargs, num_draws: int, seed: int, title: str, progress: bool
 ) -> tuple[dict[str, _Summary], list[str]]:
     """Returns the summaries of the sites of a guide written by hand, and its discrete latents."""
     values: dict[str, list[Tensor]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.bars import progress_bar
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.densities import enumerated_sites, log_densities
 from pyro_amortize.encoders import Table
 from pyro_amortize.enumeration import CHUNK
@@ -65,7 +65,7 @@ def fit_optimum(
     num_particles: int | None = None,
     seed: int | None = 0,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> SVIFit:
     """Finds q*: for each datum the best member of the guide's family, with the global latents held.
 
@@ -146,8 +146,8 @@ def data_plate(plan: AmortizationPlan, around: Collection[tuple[str, ...]]) -> t
 def local_joint(
     model: Model,
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     plan: AmortizationPlan,
     plate: str | None,
 ) -> LocalJoint:

@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER as _DIVIDER
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -164,7 +165,7 @@ class _Replaced(Messenger):
         self.parameters = parameters
         self.names: list[str] = []
 
-    def _pyro_post_param(self, msg: Any) -> None:
+    def _pyro_post_param(self, msg: Message) -> None:
         module, divider, _ = msg["name"].partition(_DIVIDER)
         if not divider or len(msg["args"]) < 2:
             return

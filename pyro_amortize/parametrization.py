@@ -171,12 +171,12 @@ class BlockParameters:
         if not block.amortized:
             return []
         if isinstance(coder, Rows):
-            return coder(torch.arange(math.prod(reading.sizes)))  # type: ignore[no-any-return]
+            return coder(torch.arange(math.prod(reading.sizes)))
         prepare = self.parts.preparation_of(block)
         features = prepare(reading.cells, self.parts.dtype, looks=not self.answering)
         rows = features_of(block, coder, features, reading)
         if not self.answering:
-            return coder(rows)  # type: ignore[no-any-return]
+            return coder(rows)
         for name, labels in prepare.untrained(reading.cells).items():
             some = ", ".join(map(str, sorted(labels)[:3])) + (", ..." if len(labels) > 3 else "")
             warnings.warn(

@@ -37,7 +37,7 @@ class Place:
             msg: A sample site, or a message on its way to be one.
         """
         if not _is_continuous(msg):
-            return msg["fn"].sample()  # type: ignore[no-any-return]
+            return msg["fn"].sample()
         try:
             transform = bijection(msg)
         except ValueError:
@@ -45,7 +45,7 @@ class Place:
         center, away = self._away(msg, transform)
         if self.side != 0:
             away = away.abs() * (self.side or 2 * torch.randint(2, ()) - 1)
-        return transform(center + away)  # type: ignore[no-any-return]
+        return transform(center + away)
 
     def another(self, msg: Any, value: Tensor) -> Tensor:
         """Draws a second value, on the other side of the center; of a discrete site another one, if there is one."""
@@ -57,7 +57,7 @@ class Place:
             return generic_value(msg)
         center, away = self._away(msg, transform)
         side = transform.inv(value) - center
-        return transform(center + torch.where(side > 0, -away.abs(), away.abs()))  # type: ignore[no-any-return]
+        return transform(center + torch.where(side > 0, -away.abs(), away.abs()))
 
     def _away(self, msg: Any, transform: Transform) -> tuple[Tensor, Tensor]:
         """Returns the center, and how far from it a value lies, in unconstrained space."""
@@ -102,4 +102,4 @@ def _another_discrete(fn: Any, value: Tensor) -> Tensor:
     place = same.long().argmax(0)
     following = (place + torch.randint(1, max(2, len(support)), place.shape, device=place.device)) % len(support)
     following = following.reshape((1, *following.shape) + (1,) * len(fn.event_shape))
-    return support.gather(0, following.expand(1, *value.shape))[0]  # type: ignore[no-any-return]
+    return support.gather(0, following.expand(1, *value.shape))[0]

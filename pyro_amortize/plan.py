@@ -210,7 +210,7 @@ class AmortizationPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data from which :meth:`from_dict` makes the plan again."""
-        return _plain(asdict(self))  # type: ignore[no-any-return]
+        return _plain(asdict(self))
 
     @classmethod
     def from_dict(cls, code: Mapping[str, Any]) -> AmortizationPlan:

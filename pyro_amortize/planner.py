@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 from pyro_amortize.arguments import refuse_guide, with_rows
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
 from pyro_amortize.groups import groups_apart
@@ -70,7 +70,7 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
         return build_plan(examine(model, args, kwargs))
 
 
-def plan_beside(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AmortizationPlan:
+def plan_beside(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> AmortizationPlan:
     """Plans as :func:`plan_amortization` does, for a model whose discrete latents some guide may sample itself.
 
     Sites of the guide that are none of the model's, as the auxiliary ones of Pyro's own guides, are ignored.

@@ -9,10 +9,11 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 from torch import Tensor
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.enumeration import CHUNK, side_by_side
 from pyro_amortize.missing import present_entries, refuse_nan
 from pyro_amortize.structure import plates_of
@@ -26,7 +27,7 @@ class _Held(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
 
@@ -48,9 +49,7 @@ class Pointwise:
         observed: Observed site -> the same; factors and deterministic sites are no observations.
     """
 
-    def __init__(
-        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, model: Model, args: Args, kwargs: Kwargs, values: Mapping[str, Tensor]) -> None:
         self.model, self.args, self.kwargs, self.values = model, args, kwargs, values
         sites = self._sites({name: value[0] for name, value in values.items()}, None)
         refuse_nan(sites.values(), "to_arviz")

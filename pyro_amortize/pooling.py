@@ -87,7 +87,7 @@ def handed_on(below: Marks, above: Marks, move: Move) -> Marks:
     if move.index is None and below is True:
         return True
     rows = torch.ones(_index_shape(move), dtype=torch.bool) if below is True else below
-    some = _sum(rows[..., None].to(torch.get_default_dtype()), move)[..., 0] > 0  # type: ignore[index]
+    some = _sum(rows[..., None].to(torch.get_default_dtype()), move)[..., 0] > 0
     return some if above is False else above | some
 
 

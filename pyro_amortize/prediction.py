@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
 from pyro_amortize.answers import Derived
-from pyro_amortize.calls import Call, Model
+from pyro_amortize.calls import Args, Call, Kwargs, Model
 from pyro_amortize.carried import Informing, Known
 from pyro_amortize.draws import Held, Runs, Values, is_deterministic, plates_by_axis, run_at
 from pyro_amortize.enumeration import draw_enumerated
@@ -20,7 +21,7 @@ from pyro_amortize.structure import Plate, plates_of
 from pyro_amortize.subsamples import axis_of, covering, generic_sites, walked
 from pyro_amortize.supports import can_be_drawn, undressed
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[Args, Kwargs]
 Indices = Mapping[str, Any]
 Guided = Callable[[Known, Indices], Model]
 """Makes a guide's program, of which some latents have their values, and some plates their elements, already."""
@@ -50,7 +51,7 @@ class Replicate(Messenger):
         super().__init__()
         self.observed: set[str] = set()
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not site_is_factor(msg):
             self.observed.add(msg["name"])
             msg["is_observed"], msg["value"] = False, None

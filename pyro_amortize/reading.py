@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_amortize.calls import Call, Model, is_recorded
+from pyro_amortize.calls import Args, Call, Kwargs, Model, is_recorded
 from pyro_amortize.capture import Uncapturable
 from pyro_amortize.encoders import Heads, gathered
 from pyro_amortize.held import places, site_cells
@@ -130,7 +130,7 @@ class Reader:
         model: Model,
         plan: AmortizationPlan,
         call: Call,
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: tuple[Args, Kwargs],
         observations: dict[str, Tensor],
         inputs: Any,
         kind: str,
@@ -411,7 +411,7 @@ class Reader:
         inputs = self.inputs
         if isinstance(inputs, dict):
             inputs = next(inputs[key] for key in (block.name, *block.sites, *block.plates[-1:]) if key in inputs)
-        rows = inputs(*self.arguments[0], **self.arguments[1])  # type: ignore[operator]
+        rows = inputs(*self.arguments[0], **self.arguments[1])
         sizes = [plates[name].size if name in plates else name for name in block.plates]  # a loop may have any length
         fits = isinstance(rows, Tensor) and rows.dim() >= len(sizes)
         for name, size, n in zip(block.plates, sizes, rows.shape, strict=False) if fits else ():

@@ -13,11 +13,12 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.optim.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_amortize.arguments import check_given, check_model, named, observes
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.encoders import Table
 from pyro_amortize.fit import SVIFit, seeded, train
 from pyro_amortize.guides import AutoAmortized, guide_apart
@@ -44,7 +45,7 @@ def fit_mean_field(
     compile: bool | str = "auto",
     seed: int | None = None,
     progress: bool = True,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Kwargs | None = None,
 ) -> SVIFit:
     """Fits mean-field variational inference (F-VI) to the whole model: the same guide, every encoder a table.
 
@@ -104,9 +105,7 @@ def fit_mean_field(
     return fit
 
 
-def mean_field_guide(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], start: Model | None, seed: int | None
-) -> AutoAmortized:
+def mean_field_guide(model: Model, args: Args, kwargs: Kwargs, start: Model | None, seed: int | None) -> AutoAmortized:
     """Makes a guide of tables, which start from another guide's answer if there is one.
 
     Args:
@@ -169,7 +168,7 @@ class _InPlace(Messenger):
         self.sites = sites
         self.auxiliary: dict[str, Any] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if msg["infer"].get("is_auxiliary"):
             self.auxiliary[name] = normal_underneath(msg["fn"])
@@ -199,8 +198,8 @@ def local_sites(plan: AmortizationPlan) -> tuple[str, ...]:
 
 def held_globals(
     guide: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     plan: AmortizationPlan,
     given: Mapping[str, Tensor] | None,
     function: str,
@@ -230,7 +229,7 @@ def held_globals(
 
 
 def drawn_globals(
-    guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plan: AmortizationPlan, num_draws: int, seed: int
+    guide: Model, args: Args, kwargs: Kwargs, plan: AmortizationPlan, num_draws: int, seed: int
 ) -> list[dict[str, Tensor]]:
     """Returns draws of all global latents from the guide."""
     names = {site for block in plan.blocks if not block.amortized for site in block.sites}
@@ -243,7 +242,7 @@ def drawn_globals(
     ]
 
 
-def _medians(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], num_draws: int = 501) -> dict[str, Tensor]:
+def _medians(guide: Model, args: Args, kwargs: Kwargs, num_draws: int = 501) -> dict[str, Tensor]:
     with preserved(guide, evaluating=True), torch.no_grad(), poutine.block():
         if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", True) is None:
             guide(*args, **kwargs)  # knows its latents by its first call only
@@ -266,9 +265,7 @@ def _median(site: Any, draws: Tensor) -> Tensor:
     return transform(transform.inv(draws).median(0).values)
 
 
-def _start(
-    tables: AutoAmortized, guide: Model, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _start(tables: AutoAmortized, guide: Model, names: tuple[str, ...], args: Args, kwargs: Kwargs) -> None:
     """Copies a guide's answer into the tables of another, subsample by subsample if the plate subsamples itself."""
     plan: AmortizationPlan = tables.plan  # type: ignore[assignment]
     own = {}
@@ -331,15 +328,13 @@ def write_rows(
         values[rows] = guide.family.parameters(*moments)
 
 
-def answers_beside(
-    guide: Model, own: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def answers_beside(guide: Model, own: Mapping[str, Any], args: Args, kwargs: Kwargs) -> dict[str, Any]:
     """Returns the sites of one run of a guide at the values of another's, so that supports are where those were."""
     values = {name: site["value"] for name, site in own.items() if not site_is_subsample(site)}
     return site_answers(poutine.condition(guide, data=values), args, kwargs)
 
 
-def site_answers(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def site_answers(guide: Model, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     """Returns the sites of one run of a guide."""
     with preserved(guide, evaluating=True), torch.no_grad():
         with poutine.block(hide_fn=lambda msg: not site_is_subsample(msg)):

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.digits import with_error
 from pyro_amortize.local_joint import LocalJoint
 from pyro_amortize.posterior import normal_underneath
@@ -41,7 +41,7 @@ class Scaled:
 
 
 def scaled_globals(
-    guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Any, held: Mapping[str, Tensor], seed: int
+    guide: Model, args: Args, kwargs: Kwargs, plan: Any, held: Mapping[str, Tensor], seed: int
 ) -> dict[str, Scaled]:
     """Returns the continuous globals that a guide holds a density of, at values given.
 

@@ -391,7 +391,7 @@ class SourceProbes:
         mask = None if name is None or source.axes is None else present_entries(self.probes.factors[name])
         if mask is None or source.feeds == name or any(source.through):
             return False
-        leaf = self.probes.held.call.tensors[source.name]  # type: ignore[index]
+        leaf = self.probes.held.call.tensors[source.name]
         plates = self.probes.frames(name)  # type: ignore[arg-type]
         cells = site_cells(mask, len(self.probes.factors[name]["fn"].event_shape), plates).cpu()  # type: ignore[index]
         if source.plates != tuple(plate.name for plate in plates) or not source.shape or bool(cells.all()):

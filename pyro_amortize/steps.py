@@ -17,7 +17,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.capture import Graph
 from pyro_amortize.elbos import CapturedLoss, compiled_twin
 from pyro_amortize.guides import AutoAmortized
@@ -82,7 +82,7 @@ class Options:
             raise ValueError(f"fit: lr={self.lr!r}. Expected a positive number.")
 
 
-def guide_parameters(guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def guide_parameters(guide: Model, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
     """Returns a guide's own unconstrained parameters, as one run of it announces them; one with two names once."""
     with poutine.block(), poutine.trace(param_only=True) as capture, torch.no_grad():
         guide(*args, **kwargs)
@@ -131,7 +131,7 @@ class Steps:
         """Why there is no graph where there should be one."""
         return self.captured.doubt if self.captured is not None else None
 
-    def take(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float:
+    def take(self, step: int, args: Args, kwargs: Kwargs, handler: Any) -> float:
         """Takes one step; returns the loss.
 
         Args:
@@ -168,7 +168,7 @@ class Steps:
             self._fail(step, args, kwargs, None)
         return value
 
-    def _on_graph(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float | None:
+    def _on_graph(self, step: int, args: Args, kwargs: Kwargs, handler: Any) -> float | None:
         """Evaluates the loss and its gradients on a graph; None where there is none."""
         if step == 0:
             self._make_captured(handler)
@@ -215,7 +215,7 @@ class Steps:
         left = self.options.num_steps if first and runs == 1 else 0
         return saved * left > per_graph + per_operation * graph.num_operations
 
-    def _under_pyro(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], handler: Any) -> float:
+    def _under_pyro(self, step: int, args: Args, kwargs: Kwargs, handler: Any) -> float:
         """Evaluates the loss and its gradients as ``SVI`` does."""
         try:
             with handler, _without_nan_warnings(), poutine.trace(param_only=True) as seen:
@@ -227,7 +227,7 @@ class Steps:
         self._adopt({name: site["value"].unconstrained() for name, site in seen.trace.nodes.items()}, args, kwargs)
         return value
 
-    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def _loss_and_grads(self, args: Args, kwargs: Kwargs) -> float:
         if hasattr(self.loss, "loss_and_grads"):
             value = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
             return float(sum(value)) if isinstance(value, tuple) else float(value)
@@ -235,7 +235,7 @@ class Steps:
         value.backward()
         return float(value.detach())
 
-    def _adopt(self, announced: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _adopt(self, announced: dict[str, Tensor], args: Args, kwargs: Kwargs) -> None:
         """Takes parameters not seen before into the optimizer; those that are not to be trained lose their gradient."""
         others = {id(p): p for p in announced.values() if id(p) not in self.parameters}
         if not others:
@@ -257,7 +257,7 @@ class Steps:
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
         return torch.optim.Adam(parameters, lr=self.options.lr, fused=fused)
 
-    def _fail(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None) -> None:
+    def _fail(self, step: int, args: Args, kwargs: Kwargs, error: Exception | None) -> None:
         where = _not_finite(self.model, self.guide, args, kwargs)
         good, values = self._kept
         with torch.no_grad():
@@ -288,7 +288,7 @@ def _groups(optim: Any, parameters: list[Tensor]) -> list[dict[str, Any]]:
     """Returns parameters as a torch optimizer takes them, with options of their own where one of Pyro's gives such."""
     if not isinstance(optim, PyroOptim):
         return [{"params": parameters}]
-    return [{"params": [p], **optim._get_optim_args(p)} for p in parameters]  # type: ignore[arg-type]
+    return [{"params": [p], **optim._get_optim_args(p)} for p in parameters]
 
 
 def _clip(optim: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -342,7 +342,7 @@ def _without_nan_warnings() -> Iterator[None]:
         yield
 
 
-def _not_finite(model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _not_finite(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> str:
     """Names the first site whose log density is not finite with the present parameters."""
     try:
         with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), _without_nan_warnings():

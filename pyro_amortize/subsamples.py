@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_amortize.calls import Call, Model
+from pyro_amortize.calls import Args, Call, Kwargs, Model
 from pyro_amortize.parameters import preserved
 from pyro_amortize.places import Place
 from pyro_amortize.structure import Plate, plates_of
@@ -27,7 +28,7 @@ class Subsample(Messenger):
         self.plate = plate
         self.indices = indices
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["name"] == self.plate:
             msg["value"] = self.indices
 
@@ -39,9 +40,7 @@ def covering(plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
         yield indices, indices >= start
 
 
-def walked(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Lengths = lambda plate, arguments: set()
-) -> list[Plate]:
+def walked(model: Model, args: Args, kwargs: Kwargs, lengths: Lengths = lambda plate, arguments: set()) -> list[Plate]:
     """Returns the plates of which a model picks elements at random, out of data that hold all of them.
 
     A plate that takes its arguments as they are, minibatches, is none: these are as long as the subsample, or it shows
@@ -74,7 +73,7 @@ def walked(
     return picked
 
 
-def generic_sites(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def generic_sites(model: Model, args: Args, kwargs: Kwargs) -> list[Any]:
     """Returns the sample sites of a model, its latents at generic values; it is left as found."""
     with preserved(model, evaluating=True), torch.no_grad(), poutine.block():
         return _Generic().sites(model, args, kwargs)
@@ -100,12 +99,12 @@ class _Generic(Messenger):
         super().__init__()
         self.at_random: set[str] = set()
 
-    def sites(self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def sites(self, model: Model, args: Args, kwargs: Kwargs) -> list[Any]:
         with self:
             nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
         return [site for site in nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.at_random |= {msg["name"]} if msg["value"] is None else set()
         elif not msg["is_observed"] and msg["value"] is None:

@@ -12,6 +12,7 @@ import pyro.distributions.constraints as constraints
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
@@ -266,7 +267,7 @@ def without_masks(fn: Any) -> Any:
 def site_mask(site: Any) -> Tensor | None:
     """Returns which entries of a site no mask covers, shape of its value; None if none is covered."""
     if "entries" in site:  # merged from the sites of a loop
-        return site["entries"]  # type: ignore[no-any-return]
+        return site["entries"]
     value, fn = torch.as_tensor(site["value"]), site["fn"]
     masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
     while hasattr(fn, "base_dist"):
@@ -322,7 +323,7 @@ def undressed(fn: Any) -> Any:
     return fn
 
 
-def generic_value(msg: Any) -> Tensor:
+def generic_value(msg: Message) -> Tensor:
     """Draws a value without special features, near the middle of a site's support; improper priors too."""
     fn = msg["fn"]
     if support_of(fn).is_discrete or is_delta(fn):

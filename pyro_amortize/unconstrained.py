@@ -14,11 +14,12 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_amortize.calls import Model
+from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.draws import Runs, laid
 from pyro_amortize.enumeration import enumerating, summed_out
 from pyro_amortize.supports import bijection, is_delta, is_free, some_tensor
@@ -47,7 +48,7 @@ class Unconstrained(Messenger):
         self.reached: dict[str, Tensor] = {}
         self.log_det: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
         if name not in self.values:
             return
@@ -66,7 +67,7 @@ class _Start(Unconstrained):
         super().__init__({})
         self.given = given
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if is_free(msg):
             transform, shape, like = bijection(msg), msg["fn"].shape(), some_tensor(msg["fn"])
             if msg["name"] in self.given:
@@ -76,7 +77,7 @@ class _Start(Unconstrained):
             self.values[msg["name"]] = value
         super()._pyro_sample(msg)
 
-    def _given(self, msg: Any, like: Tensor, shape: torch.Size) -> Tensor:
+    def _given(self, msg: Message, like: Tensor, shape: torch.Size) -> Tensor:
         name = msg["name"]
         given = torch.as_tensor(self.given[name]).detach().to(like)
         if given.shape != shape:
@@ -107,7 +108,7 @@ class LogDensity:
         nesting: How many dimensions its plates take.
     """
 
-    def __init__(self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> None:
+    def __init__(self, model: Model, args: Args, kwargs: Kwargs, nesting: int) -> None:
         self.model, self.args, self.kwargs, self.nesting = model, args, kwargs, nesting
         nodes = list(self._trace(_Start({})(model)).nodes.values())
         self._batches = {site["name"]: len(site["fn"].batch_shape) for site in nodes if site["type"] == "sample"}
@@ -168,7 +169,7 @@ class LogDensity:
 
         def program(start: int, count: int | None) -> Model:
             rows = {n: laid(v, self._batches[n], start, count, self.nesting) for n, v in draws.items()}
-            return Unconstrained(rows)(self.model)  # type: ignore[no-any-return]
+            return Unconstrained(rows)(self.model)
 
         with pyro.validation_enabled(False), torch.no_grad(), poutine.block():
             found = Runs(program, self.args, self.kwargs).values(len(away), self.nesting)
