@@ -297,7 +297,8 @@ class GuidedRun(Messenger):
         self._refuse_new_rows(msg)
         self._refuse_new_mask(msg)
         if self.known is None:
-            refuse_other_shape(type(self.guide).__name__, self.plan.groups, name, tuple(msg["value"].shape))
+            shape = tuple(torch.as_tensor(msg["value"]).shape)  # a plain number, where validation is off
+            refuse_other_shape(type(self.guide).__name__, self.plan.groups, name, shape)
         self.reader.drawn[name] = msg["value"]
 
     def _is_guided(self, name: str) -> bool:

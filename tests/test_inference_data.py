@@ -247,7 +247,7 @@ def test_divergent_transitions_are_told(x):
         scale = pyro.sample("scale", dist.Normal(0.0, 3.0))
         pyro.sample("v", dist.Normal(torch.zeros(9), (scale / 2).exp()).to_event(1))
 
-    fit = drawn(funnel, num_samples=100)
+    fit = drawn(funnel, num_samples=100, target_accept_prob=0.5)  # long steps, which the neck does not forgive
     assert fit.divergences
     assert int(to_arviz(fit)["sample_stats"]["diverging"].sum()) == fit.divergences
 
