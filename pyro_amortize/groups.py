@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
+from pyro_amortize.calls import is_recorded
 from pyro_amortize.structure import Site, Structure
 
 Groups = dict[str, dict[str, tuple[int, ...]]]
@@ -81,6 +85,26 @@ def refuse_more_groups(kind: str, groups: Groups, name: str) -> None:
     latent = next((latent for latent in groups if stem_of(latent) == stem_of(name)), None)
     if latent is not None:
         raise ValueError(_told(kind, groups, f"it has '{name}', too", latent))
+
+
+def warn_of_other_data(kind: str, groups: Groups, name: str, value: Any, sums: dict[str, float]) -> None:
+    """Warns where groups are asked for, with other data than those on which their tables were trained first.
+
+    Args:
+        kind: Name of the guide's class.
+        groups: The groups.
+        name: An observed site.
+        value: Its value in this call.
+        sums: Sums of the values of such sites at their first step of training, which are noted here.
+    """
+    latent = next((latent for latent, sites in groups.items() if name in sites), None)
+    training = torch.is_grad_enabled()
+    if latent is None or is_recorded() or (name not in sums) != training:
+        return
+    total = float(torch.as_tensor(value).double().nansum())
+    if sums.setdefault(name, total) != total:
+        told = _told(kind, groups, f"the values at '{stem_of(name)}' are not those of its training", latent)
+        warnings.warn(told, UserWarning, stacklevel=2)
 
 
 def _told(kind: str, groups: Groups, what: str, latent: str) -> str:

@@ -140,6 +140,7 @@ class AutoAmortized(AutoGuide):
         del self.prototype_trace
         self._registration = Registration(type(self).__name__)
         self._lacking: set[str] = set()  # sites that not every call of the model comes by
+        self._sums: dict[str, float] = {}  # of the data of groups that are gone through one by one
         self._is_known = True  # whether the model was seen to be the one that the guide is for
         self._marks: list[weakref.ref[nn.Parameter]] = []
         self.plan: AmortizationPlan | None = None
@@ -442,7 +443,8 @@ class AutoAmortized(AutoGuide):
         coders = {block.name: self.coder_of(block) for block in self.plan.blocks}
         widths = {name: coder.heads[0].in_features for name, coder in coders.items() if isinstance(coder, Heads)}
         dtype, lacking = str(self.dtype).removeprefix("torch."), sorted(self._lacking)
-        return {"plan": self.plan.to_dict(), "dtype": dtype, "widths": widths, "lacking": lacking}
+        state = {"plan": self.plan.to_dict(), "dtype": dtype, "widths": widths, "lacking": lacking}
+        return {**state, "sums": dict(self._sums)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Makes the modules of a saved plan, unless they are there; their values follow."""
@@ -457,6 +459,7 @@ class AutoAmortized(AutoGuide):
         coders = self._builder().coders(plan, preparations, state["widths"], torch.device("cpu"), dtype)
         self._take(plan, coders, preparations, dtype)
         self._lacking, self._is_known = set(state.get("lacking", ())), False
+        self._sums = dict(state.get("sums", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's would take the model away from the guide that is being copied.

@@ -24,7 +24,7 @@ from pyro_amortize.arguments import with_rows
 from pyro_amortize.calls import Args, Call, Kwargs, is_recorded, opened, signature_of
 from pyro_amortize.carried import Carried, Known
 from pyro_amortize.changes import refuse_changed, refuse_lost
-from pyro_amortize.groups import refuse_more_groups, refuse_other_groups, refuse_other_shape
+from pyro_amortize.groups import refuse_more_groups, refuse_other_groups, refuse_other_shape, warn_of_other_data
 from pyro_amortize.held import is_index
 from pyro_amortize.layout import of_turn, placed, without_axes
 from pyro_amortize.masks import PriorAlone, PriorWithoutData, under_masks
@@ -299,6 +299,7 @@ class GuidedRun(Messenger):
         if self.known is None:
             shape = tuple(torch.as_tensor(msg["value"]).shape)  # a plain number, where validation is off
             refuse_other_shape(type(self.guide).__name__, self.plan.groups, name, shape)
+            warn_of_other_data(type(self.guide).__name__, self.plan.groups, name, msg["value"], self.guide._sums)
         self.reader.drawn[name] = msg["value"]
 
     def _is_guided(self, name: str) -> bool:

@@ -60,12 +60,24 @@ def by_word(data):
     ids=["others", "fewer", "more"],
 )
 def test_other_groups_are_refused(model, sizes, what):
-    guide = AutoAmortizedNormal(model)
-    guide.initialize(groups(*SIZES))
+    guide, data = AutoAmortizedNormal(model), groups(*SIZES)
+    guide.initialize(data)
+    others = [y if len(y) == size else torch.randn(size) for y, size in zip([*data, data[0]], sizes, strict=False)]
     for call in (guide, guide.posterior, guide.median):
         with pytest.raises(ValueError, match=rf"4 groups.*{what}.*b\[..., group\] stands for b"):
-            call(groups(*sizes))
-    guide.posterior(groups(*SIZES))
+            call(others)
+    guide.posterior(data)
+
+
+@pytest.mark.parametrize("model", [in_a_loop, as_events, in_a_sequential_plate, latents_first, by_word])
+def test_other_data_of_as_many_groups_and_rows_are_told(model, tmp_path):
+    guide, data = AutoAmortizedNormal(model), groups(*SIZES)
+    fit_svi(model, guide, data, num_steps=3, progress=False)
+    guide.save(tmp_path / "guide.pt")
+    for answering in (guide, AutoAmortizedNormal.load(tmp_path / "guide.pt", model)):
+        answering.posterior(data)
+        with pytest.warns(UserWarning, match=r"values at 'y_?\*' are not those of its training.*write all groups"):
+            answering.posterior([20 + y for y in data])
 
 
 def test_what_the_message_says_to_write_answers_for_other_groups():
