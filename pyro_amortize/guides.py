@@ -514,8 +514,7 @@ class AutoAmortized(AutoGuide):
         if _is_module_local_param_enabled():
             return self._pyro_name
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        fresh = self._registration.name is None and self.is_fresh
-        return self._registration.update(self._pyro_name, {**trained, **dict(self.named_buffers())}, fresh)
+        return self._registration.update(self._pyro_name, {**trained, **dict(self.named_buffers())}, self.is_fresh)
 
     @property
     def is_fresh(self) -> bool:

@@ -56,6 +56,10 @@ class Registration:
         store = pyro.get_param_store()._params
         if self.name is None or any(self._is_anothers(store.get(f"{self.name}.{key}")) for key in tensors):
             self.name = self._choose(base, tensors, fresh and self.takes_loaded)
+        elif fresh and self.takes_loaded and self.name != base and _loaded(base):  # after it had been named
+            self.name = self._choose(base, tensors, takes=True)
+        if any(held not in _put for key in tensors if (held := store.get(f"{self.name}.{key}")) is not None):
+            self._warn_of_several(base, tensors)
         for key, tensor in tensors.items():
             name = f"{self.name}.{key}"
             held = store.get(name)
@@ -86,36 +90,33 @@ class Registration:
 
     def _choose(self, base: str, tensors: Mapping[str, Tensor], takes: bool) -> str:
         """Returns the first name that is not in the store; to take loaded values, the first of theirs that fits."""
-        entry = re.compile(rf"({re.escape(base)}(?:_(\d+))?)\.(.+)")
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, value in pyro.get_param_store()._params.items():
-            match = entry.fullmatch(name)
-            if match:
-                found.setdefault(match[1], {})[match[3]] = value
-        loaded = sorted(
-            (name for name, values in found.items() if not any(value in _put for value in values.values())),
-            key=lambda name: int(name[len(base) + 1 :] or 0),
-        )
+        loaded = _loaded(base)
         if takes and loaded:
-            fitting = [name for name in loaded if _shapes(found[name]) == _shapes(tensors)]
+            fitting = [name for name in loaded if _shapes(loaded[name]) == _shapes(tensors)]
             if not fitting:
-                raise ValueError(self._misfit(loaded[0], found[loaded[0]], tensors))
-            if len(fitting) > 1:
-                warnings.warn(
-                    f"{self.kind}: the param store holds loaded parameters of {len(fitting)} guides that fit, "
-                    f"{fitting}. This guide takes '{fitting[0]}', the first. To tell guides apart, save each by "
-                    f"guide.save(path) and load it by {self.kind}.load(path, model); to keep one only, call "
-                    f"pyro.clear_param_store() before it is trained.",
-                    UserWarning,
-                    stacklevel=2,
-                )
+                first = next(iter(loaded))
+                raise ValueError(self._misfit(first, loaded[first], tensors))
             return fitting[0]
         if takes:
             self._warn_of_others(base)
+        found = _found(base)
         number = 0
         while (name := f"{base}_{number}" if number else base) in found:
             number += 1
         return name
+
+    def _warn_of_several(self, base: str, tensors: Mapping[str, Tensor]) -> None:
+        """Warns where loaded parameters of other guides than the one that this takes fit, too."""
+        fitting = [name for name, values in _loaded(base).items() if _shapes(values) == _shapes(tensors)]
+        if len(fitting) > 1:
+            warnings.warn(
+                f"{self.kind}: the param store holds loaded parameters of {len(fitting)} guides that fit, "
+                f"{fitting}. This guide takes '{self.name}'. To tell guides apart, save each by "
+                f"guide.save(path) and load it by {self.kind}.load(path, model); to keep one only, call "
+                f"pyro.clear_param_store() before it is trained.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _warn_of_others(self, base: str) -> None:
         """Warns of a loaded guide that has another name, which is left where it is."""
@@ -139,6 +140,21 @@ class Registration:
             f"with the model and options that it was trained with; or, to start afresh, call pyro.clear_param_store() "
             f"first. guide.save(path) and {self.kind}.load(path, model) keep the options too."
         )
+
+
+def _found(base: str) -> dict[str, dict[str, Tensor]]:
+    """Returns what the store holds under ``base``, ``base_1``, ..., in this order."""
+    entry = re.compile(rf"({re.escape(base)}(?:_(\d+))?)\.(.+)")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in pyro.get_param_store()._params.items():
+        if match := entry.fullmatch(name):
+            found.setdefault(match[1], {})[match[3]] = value
+    return dict(sorted(found.items(), key=lambda item: int(item[0][len(base) + 1 :] or 0)))
+
+
+def _loaded(base: str) -> dict[str, dict[str, Tensor]]:
+    """Returns what the store holds under these names that no guide has put there."""
+    return {n: values for n, values in _found(base).items() if not any(value in _put for value in values.values())}
 
 
 def _alias(buffer: Tensor) -> Tensor:

@@ -152,6 +152,25 @@ def test_a_guide_whose_name_was_another_s_is_found_again(tmp_path):
     assert same(values(guide), values(second))
 
 
+def test_a_fresh_guide_of_another_name_takes_what_is_loaded(tmp_path):
+    guide = trained()
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    other = AutoAmortizedNormal(model)  # as where a cell of a notebook is run again
+    other.initialize(X)
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    other(X)
+    assert same(values(other), values(guide))
+
+
+def test_a_live_guide_says_which_of_several_it_takes(tmp_path):
+    first, second = trained(2), trained(4)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    with pytest.warns(UserWarning, match=r"parameters of 2 guides.*takes 'AutoAmortizedNormal_1'"):
+        second(X)
+    first(X)
+
+
 def test_a_live_guide_goes_back_to_what_is_loaded(tmp_path):
     guide = trained()
     before, mean = values(guide), guide.posterior(X).mean["z"]
