@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Informing:
         plates: The plates of that call of which it has all elements, or takes its arguments as they are.
         taken: The latter: minibatches.
         observed: The plates that hold observed sites.
+        same: The plates whose elements are said to be the same, by their number; None to find out.
     """
 
     plan: AmortizationPlan
@@ -56,7 +58,9 @@ class Informing:
     plates: Mapping[str, Plate]
     taken: frozenset[str]
     observed: frozenset[str]
+    same: Collection[str] | None = None
     _shared: dict[str, bool | None] = field(default_factory=dict, compare=False)
+    _doubts: dict[str, str] = field(default_factory=dict, compare=False)
 
     def shares(self, plate: Plate) -> bool | None:
         """Whether the elements of a plate are those of the call that informs, so far as that has them.
@@ -73,6 +77,8 @@ class Informing:
         return (plate.size, known.size) if plate.name in self.taken else (plate.full_size, known.full_size)
 
     def _compare(self, plate: Plate) -> bool | None:
+        if self.same is not None:
+            return plate.name in self.same
         here, there = self._sizes(plate)
         told = {name: self._agree(name, plate.name) for name in self._arguments(plate.name)}
         if any(agree is False and self._is_innermost(plate.name, name) for name, agree in told.items()):
@@ -81,7 +87,23 @@ class Informing:
             return True
         if True in told.values() and False not in told.values():
             return here >= there
-        return None if here == there and plate.name not in self.taken else False
+        if here != there or plate.name in self.taken:
+            return False
+        differ = [name for name, agree in told.items() if agree is False]
+        self._doubts.update({plate.name: differ[0]} if differ else {})
+        return None
+
+    def warn(self) -> None:
+        """Warns, once, of elements that are taken to be the same as they are as many, though their data differ."""
+        while self._doubts:
+            plate, argument = self._doubts.popitem()
+            warnings.warn(
+                f"predictive: whether the elements of plate '{plate}' are those of 'given' is not known: argument "
+                f"'{argument}' differs, but may for the same elements. They are taken to be, as they are as many. Say "
+                f"it: guide.predictive(..., given=..., same=['{plate}']); or, if all are new, same=[].",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _agree(self, argument: str, plate: str) -> bool | None:
         """Whether an argument is equal in both calls, where both have elements and none is missing.

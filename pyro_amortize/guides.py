@@ -10,7 +10,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -304,6 +304,7 @@ class AutoAmortized(AutoGuide):
         self,
         *args: Any,
         given: Any = None,
+        same: Collection[str] | None = None,
         num_samples: int = 1000,
         parallel: bool = True,
         model_kwargs: Kwargs | None = None,
@@ -316,8 +317,8 @@ class AutoAmortized(AutoGuide):
         plates without observed sites of their own (element by element, by their number), steps of a series, and rows
         that both calls have. Latents of new rows, new groups and later steps have the model's own conditional given
         these, or q where the call has data for them. Elements are the same only if the arguments that both calls have
-        for them are equal, and rows only if all of those that inform are there. Where no argument tells, as for schools
-        of which only the number is passed, as many are taken to be the same unless the call has data for them.
+        for them are equal, and rows only if all of those that inform are there. Where no argument tells, as many are
+        taken to be the same unless the call has data for them; a warning asks to say it if some argument differs.
 
         Sites that are summed out are drawn jointly, given the other latents and the data. Plates whose elements the
         model draws at random are walked through, all of them once.
@@ -325,9 +326,9 @@ class AutoAmortized(AutoGuide):
         Args:
             args: The model's positional arguments.
             given: The call that informs: its positional arguments in a tuple, or its arguments by name in a dict.
+            same: The plates whose elements are those of ``given``, by their number; None to find out.
             num_samples: Number of draws.
-            parallel: Whether draws may be made in one run of the model, where that gives what a run each gives, which
-                is tried first.
+            parallel: Whether draws are made in one run of the model, where a trial shows that it gives the same.
             model_kwargs: The model's keyword arguments.
 
         Returns:
@@ -344,8 +345,7 @@ class AutoAmortized(AutoGuide):
             ...         level = pyro.sample("level", dist.Normal(0.0, 5.0))
             ...     with pyro.plate("rows", len(x)):
             ...         pyro.sample("y", dist.Normal(level[..., group] + x, 1.0), obs=y)
-            >>> x, group = torch.randn(30), torch.arange(30) % 3
-            >>> y = 3.0 * group + x + torch.randn(30)
+            >>> x, group, y = torch.randn(30), torch.arange(30) % 3, torch.randn(30)
             >>> guide = AutoAmortized(model)
             >>> fit = fit_svi(model, guide, x, group, y, num_steps=10, progress=False)
             >>> guide.predictive(torch.zeros(2), group[:2], given=(x, group, y), num_samples=100)["y"].shape
@@ -358,7 +358,7 @@ class AutoAmortized(AutoGuide):
         for arguments in (call, informing or call):
             call_of(self, *arguments)
         with self._predicting(num_samples, parallel) as prediction:
-            return prediction.draw(call, informing)
+            return prediction.draw(call, informing, same)
 
     @contextmanager
     def _predicting(self, num_draws: int, parallel: bool = True) -> Iterator[Prediction]:

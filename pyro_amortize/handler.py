@@ -214,6 +214,8 @@ class GuidedRun(Messenger):
         carried = self.known.of(msg, self.reader.indices) if self.known else None
         if carried is not None and not carried.surely and block is not None and self._has_data(block, msg):
             carried = None
+        if carried is not None and not carried.surely and self.known and self.known.informing:
+            self.known.informing.warn()
         if carried is not None and carried.marks is None:
             msg["value"], msg["infer"] = carried.values, {**msg["infer"], "enumerate": None}
             msg["stop"] = not self._is_guided(name)

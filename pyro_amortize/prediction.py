@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,17 +81,18 @@ class Prediction:
         self.model, self.plan, self.guided = model, plan, guided
         self.num_draws, self.together = num_draws, together
 
-    def draw(self, call: Arguments, informing: Arguments | None = None) -> Values:
+    def draw(self, call: Arguments, informing: Arguments | None = None, same: Collection[str] | None = None) -> Values:
         """Draws latents from the guide, and observations from the model.
 
         Args:
             call: Positional and keyword arguments.
             informing: Those of a call whose data inform the latents that both have.
+            same: Plates whose elements both calls have; None to find out.
 
         Returns:
             Site -> shape (draws, *site's shape), for latents, observed and deterministic sites.
         """
-        known = Known({}, None if informing is None else self._informed(informing, call))
+        known = Known({}, None if informing is None else self._informed(informing, call, same))
         return self._walk(walked(self.model, *call, self.plan.lengths), call, known, {}, self._replicated).values
 
     def latents(self, call: Arguments, indices: Indices) -> Values:
@@ -118,10 +119,16 @@ class Prediction:
     def _guided(self, values: Values) -> Values:
         return {n: value for n, value in values.items() if self.plan.turn_of(n)[0] not in self.plan.left_to_model}
 
-    def _informed(self, informing: Arguments, call: Arguments) -> Informing:
+    def _informed(self, informing: Arguments, call: Arguments, same: Collection[str] | None) -> Informing:
         plates = walked(self.model, *informing, self.plan.lengths)
         drawn = self._walk(plates, informing, Known({}, None), {}, self._latents)
         frames = plates_of(drawn.sites.values())
+        unknown = [name for name in same or () if name not in frames]
+        if unknown:
+            raise ValueError(
+                f"predictive: same={list(same or ())} names '{unknown[0]}', which is no plate of latents in the call "
+                f"that informs. Known: {sorted(frames)}."
+            )
         calls = Call(self.model, *informing), Call(self.model, *call)
         some = {name for name, plate in frames.items() if plate.size < plate.full_size} - {p.name for p in plates}
         taken = {name for name in some if frames[name].size in self.plan.lengths(name, calls[0].tensors)}
@@ -133,6 +140,7 @@ class Prediction:
             {name: plate for name, plate in frames.items() if name not in some - taken},
             frozenset(taken),
             frozenset(plates_of(drawn.sites[name] for name in drawn.observed)),
+            same,
         )
 
     def _walk(

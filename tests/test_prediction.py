@@ -244,12 +244,23 @@ NONE = torch.zeros(8, 3, dtype=torch.bool)
 def test_new_students_under_a_mask():
     guide = ready(masked, *MASKED, noise=0.1)
     posterior = guide.posterior(*MASKED)
-    draws = guide.predictive(torch.zeros(8, 3), NONE, torch.ones(8, 3), given=MASKED, num_samples=NUM)
+    new = torch.zeros(8, 3), NONE, torch.ones(8, 3)
+    with pytest.warns(UserWarning, match=r"elements of plate 'schools' .* argument '.' differs.*same=\['schools'\]"):
+        guide.predictive(*new, given=MASKED, num_samples=2)
+    others = guide.predictive(*new, given=MASKED, same=[], num_samples=NUM)
+    assert agrees(others["level"] - others["mu"][:, None, None], torch.tensor(0.0), torch.tensor(1.0))
+    draws = guide.predictive(*new, given=MASKED, same=["schools"], num_samples=NUM)
     assert agrees(draws["level"], posterior.mean["level"], posterior.stddev["level"])
     assert agrees(draws["y"] - draws["level"] - 1, torch.tensor(0.0), torch.tensor(1.0))
     others = torch.ones(8, 3), ~NONE, torch.ones(8, 3)  # with data of their own
     draws, posterior = guide.predictive(*others, given=MASKED, num_samples=NUM), guide.posterior(*others)
     assert agrees(draws["level"], posterior.mean["level"], posterior.stddev["level"])
+
+
+def test_plates_that_are_said_to_be_the_same_and_are_not_known():
+    guide = ready(masked, *MASKED)
+    with pytest.raises(ValueError, match=r"same=\['school'\] names 'school'.*Known: \['schools', 'students'\]"):
+        guide.predictive(*MASKED, given=MASKED, same=["school"], num_samples=2)
 
 
 def test_groups_of_which_all_data_are_masked_are_warned_of():
