@@ -22,6 +22,7 @@ from pyro_amortize.labels import LabelProbes
 from pyro_amortize.latents import LatentProbes
 from pyro_amortize.parameters import preserved
 from pyro_amortize.probes import Probes
+from pyro_amortize.slices import SliceProbes
 from pyro_amortize.sources import SourceProbes
 from pyro_amortize.structure import Link, Structure, plates_of
 from pyro_amortize.views import View, events_of_rows
@@ -147,6 +148,8 @@ def _structure(probes: Probes) -> Structure:
     masked = {name for name, site in sites.items() if site.mask is not None}
     sources = [replace(s, missing=s.missing or s.reaches <= masked) for s in sources]
     sources = [replace(s, by_cell=s.missing and data.is_masked_by_cell(s)) for s in sources]
+    slices = SliceProbes(probes, masked)
+    sources = [slices.sliced(s) for s in sources]
     sources = [replace(s, labels=labels.labels(s) if labels.tells_more(s, sources) else ()) for s in sources]
     hidden = {plate.name: data.hidden(plate, sources) for plate in probes.plates.values()}
     for plate in probes.plates.values():

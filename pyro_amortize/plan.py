@@ -305,4 +305,8 @@ def _source(code: Mapping[str, Any]) -> Source:
     sets = {key: frozenset(code[key]) for key in ("reaches", "indexed", "couples")}
     pairs = {key: tuple(map(tuple, code[key])) for key in ("offsets", "whole")}
     labels = tuple(found and Labels(**found) for found in code.get("labels", ()))
-    return Source(**{**_tuples(code), **sets, **pairs, "labels": labels})
+    enters = tuple(
+        tuple((site, entries if entries is None else tuple(entries)) for site, entries in cell)
+        for cell in code.get("enters", ())
+    )
+    return Source(**{**_tuples(code), **sets, **pairs, "labels": labels, "enters": enters})

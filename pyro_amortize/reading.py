@@ -158,7 +158,10 @@ class Reader:
             The sample sites.
         """
         if is_recorded():
-            raise Uncapturable("data or masks reach the guide through no argument of the model: pass them as arguments")
+            raise Uncapturable(
+                "data or masks of the model are no whole arguments, but made or sliced in it, so that only a run of it "
+                "shows them: pass each as an argument of its own"
+            )
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         with preserved(self.model, evaluating=True):
             families, loops, view = self.plan.families, self.plan.loops, View(self.plan.same, self.plan.events)
@@ -311,6 +314,8 @@ class Reader:
         self, source: Source, plates: dict[str, Present], axes: list[str], piece: Piece | None
     ) -> Tensor | None:
         """Returns which cells of a source count at some site that it enters, shape (*axes, *cell); None if all do."""
+        if source.enters and source.missing:
+            return self._marks_by_cell(source, plates, axes, piece)
         found = None
         for site in source.reaches if source.missing and source.name != FUNCTION else ():
             marks = self._site_marks(site, plates, piece)
@@ -325,6 +330,28 @@ class Reader:
                 cells = cells if name in source.plates else cells.any(axis, keepdim=True)
             found = cells if found is None else found | cells
         return found
+
+    def _marks_by_cell(
+        self, source: Source, plates: dict[str, Present], axes: list[str], piece: Piece | None
+    ) -> Tensor | None:
+        """Returns the same where each cell of a source enters other sites, or other entries of these."""
+        sites = {site: self._site_marks(site, plates, piece) for entered in source.enters for site, _ in entered}
+        rows = {
+            entry: _rows_of(marks, entry[1], source, axes)
+            for entered in source.enters
+            for entry in entered
+            if (marks := sites[entry[0]]) is not None
+        }
+        if not rows:
+            return None
+        cells = []
+        for entered in source.enters:
+            here = torch.ones_like(next(iter(rows.values())))
+            if all(entry in rows for entry in entered):
+                here = torch.stack(torch.broadcast_tensors(*(rows[entry] for entry in entered))).any(0)
+            cells.append(here)
+        found = torch.stack(torch.broadcast_tensors(*cells), -1)
+        return found.reshape(*found.shape[:-1], *source.shape)
 
     def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str], piece: Piece | None) -> Marks:
         """Returns which rows of a level have values of their own."""
@@ -424,6 +451,15 @@ class Reader:
                 f"shape ({', '.join(map(str, sizes))}, ...): a row for each element of '{'/'.join(block.plates)}'."
             )
         return rows
+
+
+def _rows_of(marks: tuple[Tensor, Source], entries: tuple[int, ...] | None, source: Source, axes: list[str]) -> Tensor:
+    """Returns in which rows of a source any of some entries of a site counts, or any at all; shape (*axes)."""
+    cells, where = marks
+    mine = tuple(name for name in where.plates if name in source.plates)
+    order = [where.plates.index(name) for name in (*mine, *sorted(set(where.plates) - set(mine)))]
+    rest = cells.permute(*order, *range(len(order), cells.dim()))[..., None].flatten(len(mine))
+    return _laid((rest if entries is None else rest[..., list(entries)]).any(-1), mine, axes, 0)
 
 
 def _made_whole(cells: Tensor, source: Source, axes: list[str]) -> Tensor:

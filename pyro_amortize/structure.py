@@ -156,6 +156,10 @@ class Labels:
         return min(self.count, WIDEST)
 
 
+Entered = tuple[tuple[str, tuple[int, ...] | None], ...]
+"""Sites that a cell enters, and which entries of each in a row (other plates by name, then events); None for all."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Data with a cell for every element of some plates: an argument, or the values of an observed site.
@@ -174,6 +178,7 @@ class Source:
         feeds: The observed site whose values it is.
         missing: Whether some of it may be missing: it holds NaN, or a mask covers it.
         by_cell: Whether the mask covers it cell by cell, as it covers the site's values; if not, row by row.
+        enters: What each number of a cell enters, where they enter not all the same; empty if they do.
         drawn: Whether it is a discrete latent, whose value the guide draws before, or a call holds.
         ahead: Whether the model comes to that only later.
         whole: Plates that are features of a cell, first of all its axes, and their sizes: told apart, not pooled over.
@@ -199,6 +204,7 @@ class Source:
     ahead: bool = False
     whole: tuple[tuple[str, int], ...] = ()
     labels: tuple[Labels | None, ...] = ()
+    enters: tuple[Entered, ...] = ()
 
     @property
     def level(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ ORDER = [
     {"unconstrained", "held", "elements"},
     {"nuts", "idle"},
     {"probes"},
-    {"labels", "latents", "sources", "bases"},
+    {"labels", "latents", "slices", "sources", "bases"},
     {"examination"},
     {"plan", "inputs", "storage"},
     {"verdict", "reading", "carried", "answering", "remedies", "changes"},
