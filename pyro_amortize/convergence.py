@@ -12,6 +12,8 @@ from torch import Tensor
 WINDOWS = (0.2, 0.35), (0.4, 0.6)
 """The steps, as shares of all, over which parameters are averaged."""
 FEWEST_STEPS = 100
+ENOUGH_STEPS = 400
+"""Fewer show directions in which the ELBO rises slowly too little to say that nothing is left."""
 TOLERANCE = 0.1
 """Nats that are not worth a word."""
 ERRORS = 3.0

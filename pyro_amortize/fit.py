@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Args, Kwargs, Model
-from pyro_amortize.convergence import Drift, by_losses
+from pyro_amortize.convergence import ENOUGH_STEPS, Drift, Remaining, by_losses
 from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
 from pyro_amortize.digits import with_error
 from pyro_amortize.excerpt import LARGE, random_rows
@@ -46,7 +46,7 @@ class SVIFit:
             rows, each draw is on other rows, 5,000 or more than a minibatch, rescaled to all.
         elbo_se: Its standard error, which then includes that of the choice of rows.
         converged: Whether ``remaining`` is within three standard errors of it, within that of the ELBO, or at most 0.1
-            nats.
+            nats; False after fewer than 400 steps, which show too little.
         num_steps: Number of steps.
         seconds: Wall-clock time of everything.
         compile_seconds: Wall-clock time of it that recording, compiling and checking graphs took.
@@ -90,12 +90,12 @@ class SVIFit:
         """Whether it converged, in words, with what is left in nats."""
         if math.isnan(self.remaining):
             return "converged" if self.converged else "too few steps to tell whether it converged"
-        left = (
-            f"about {float(f'{self.remaining:.2g}'):g} nats left"  # an extrapolation, whatever the noise of the draws
-        )
-        return (
-            f"converged ({left})" if self.converged else f"NOT converged: {left}, raise num_steps={2 * self.num_steps}"
-        )
+        left = f"about {float(f'{self.remaining:.2g}'):g} nats left"  # an extrapolation, however exact the draws
+        if self.converged:
+            return f"converged ({left})"
+        few = Remaining(self.remaining, self.remaining_se).is_negligible(self.elbo_se)
+        verdict = "too few steps to tell whether it converged" if few else "NOT converged"
+        return f"{verdict}: {left}, raise num_steps={2 * self.num_steps}"
 
 
 @named
@@ -159,7 +159,7 @@ def fit_svi(
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = torch.randn(200)
-        >>> fit = fit_svi(model, AutoAmortizedNormal(model), x, num_steps=300, seed=0, progress=False)
+        >>> fit = fit_svi(model, AutoAmortizedNormal(model), x, num_steps=500, seed=0, progress=False)
         >>> fit.converged
         True
     """
@@ -213,7 +213,7 @@ def train(
         losses=torch.tensor(losses),
         elbo=float(ratio.mean()),
         elbo_se=elbo_se,
-        converged=left.is_negligible(elbo_se),
+        converged=options.num_steps >= ENOUGH_STEPS and left.is_negligible(elbo_se),
         num_steps=options.num_steps,
         seconds=time.perf_counter() - start,
         num_parameters=num_parameters,

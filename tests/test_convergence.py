@@ -53,6 +53,26 @@ class TestRemaining:
         assert fit.remaining < 0.1 + 3 * fit.remaining_se
         assert "converged (about" in str(fit)
 
+    def test_few_steps_along_a_ridge_do_not_read_as_converged(self):
+        """The level and its groups trade off: the ELBO rises so slowly that two hundred steps show nothing."""
+
+        def ridge(x, group):
+            level = pyro.sample("level", dist.Normal(0.0, 5.0))
+            with pyro.plate("groups", 4):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(level, 1.0))
+                pyro.sample("x", dist.Normal(z + b[..., group], 0.5), obs=x)
+
+        pyro.set_rng_seed(0)
+        group, x = torch.arange(200) % 4, 3 + torch.randn(200)
+        for seed in range(5):
+            guide = AutoAmortizedNormal(ridge)
+            fit = fit_svi(ridge, guide, x, group, num_steps=200, lr=0.02, seed=seed, progress=False)
+            assert float(guide.median(x, group)["level"]) < 2.0  # 2.95 is the exact mean
+            assert not fit.converged
+            assert "raise num_steps=400" in str(fit)
+
     def test_parameters_stay_where_the_fit_left_them(self):
         guide = AutoAmortizedNormal(model)
         fit = fit_svi(model, guide, X, num_steps=150, seed=0, progress=False)
