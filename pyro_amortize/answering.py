@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,18 +40,23 @@ class Answer:
 
     def series(self, plan: AmortizationPlan) -> dict[str, Series]:
         """Returns the sites of each loop."""
-        found = {}
-        for family in plan.families:
-            turns = {family.numbers(name): name for name in self.found if plan.turn_of(name)[0] == family.name}
-            members = tuple(name for _, name in sorted(turns.items()))
-            sizes = tuple(len(set(numbers)) for numbers in zip(*turns, strict=True))
-            if members and len(members) == torch.Size(sizes).numel():
-                site = self.sites[members[0]]
-                dims = {plate.dim for plate in plates_of([site]).values()}
-                batch = site["fn"].batch_shape
-                fillers = tuple(d for d in range(-len(batch), 0) if d not in dims and batch[d] == 1)
-                found[family.name] = Series(members, sizes, family.loops, fillers, len(site["fn"].event_shape))
-        return found
+        return series_of(plan, self.found, self.sites)
+
+
+def series_of(plan: AmortizationPlan, names: Iterable[str], sites: Mapping[str, Any]) -> dict[str, Series]:
+    """Returns those of the named sites of a run that loops number, loop by loop."""
+    found, names = {}, list(names)
+    for family in plan.families:
+        turns = {family.numbers(name): name for name in names if plan.turn_of(name)[0] == family.name}
+        members = tuple(name for _, name in sorted(turns.items()))
+        sizes = tuple(len(set(numbers)) for numbers in zip(*turns, strict=True))
+        if members and len(members) == torch.Size(sizes).numel():
+            site = sites[members[0]]
+            dims = {plate.dim for plate in plates_of([site]).values()}
+            batch = site["fn"].batch_shape
+            fillers = tuple(d for d in range(-len(batch), 0) if d not in dims and batch[d] == 1)
+            found[family.name] = Series(members, sizes, family.loops, fillers, len(site["fn"].event_shape))
+    return found
 
 
 def answered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import pyro.distributions as dist
 import torch
@@ -34,6 +34,11 @@ class Answers(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         return self.others(name)
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuses to be called, as the methods of Pyro's distributions are."""
+        name = next(iter(self), "z")
+        raise TypeError(f"Posterior: an answer is a dict of the sites, not a function: posterior.mean[{name!r}].")
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and self.get(name) is not None)

@@ -83,29 +83,38 @@ def check_options(function: str, option: str, given: Mapping[str, Any] | None, k
 
 def check_model(function: str, model: Any, args: Args, kwargs: Any) -> dict[str, Any]:
     """Refuses a model that is none, or whose arguments do not fit; returns its keyword arguments."""
-    refuse_guide(function, model)
-    if not callable(model):
-        raise ValueError(f"{function}: the model is a {type(model).__name__}. Expected a callable Pyro model.")
     if not isinstance(kwargs, (Mapping, type(None))):
         raise ValueError(
             f"{function}: model_kwargs is a {type(kwargs).__name__}. Expected a dict of the model's keyword arguments, "
             f"as model_kwargs={{'y': y}}."
         )
-    signature = signature_of(model)
-    try:
-        signature.bind(*args, **(kwargs or {}))
-    except TypeError as error:
-        raise TypeError(
-            f"{function}: the arguments do not fit the model: {error}. It takes {signature}. Pass its positional "
-            f"arguments as they are, its keyword arguments in model_kwargs={{...}}, and options by name."
-        ) from None
+    remedy = (
+        "Pass its positional arguments as they are, its keyword arguments in model_kwargs={...}, and options by name"
+    )
+    check_arguments(function, model, args, kwargs or {}, remedy)
     return dict(kwargs or {})
 
 
-def check_pair(function: str, model: Any, guide: Any, args: Args, kwargs: Any) -> tuple[Model, dict[str, Any]]:
+def check_arguments(function: str, model: Any, args: Args, kwargs: Mapping[str, Any], remedy: str) -> None:
+    """Refuses a model that is none, or whose arguments do not fit."""
+    refuse_guide(function, model)
+    if not callable(model):
+        raise ValueError(f"{function}: the model is a {type(model).__name__}. Expected a callable Pyro model.")
+    signature = signature_of(model)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: the arguments do not fit the model: {error}. It takes {signature}. {remedy}."
+        ) from None
+
+
+def check_pair(
+    function: str, model: Any, guide: Any, args: Args, kwargs: Any, trained: bool = False
+) -> tuple[Model, dict[str, Any]]:
     """Refuses a model and guide that are swapped or missing; returns the guide, and the model's keyword arguments.
 
-    The guide may be a fit, which stands for its guide.
+    The guide may be a fit, which stands for its guide. One that has to be ``trained`` is refused while it has no plan.
     """
     refuse_guide(function, model, guide)
     if not callable(guide) and callable(getattr(guide, "guide", None)):
@@ -117,6 +126,8 @@ def check_pair(function: str, model: Any, guide: Any, args: Args, kwargs: Any) -
             f"guide = AutoAmortizedNormal(model), then {function}(model, guide, ...)."
         )
     kwargs = check_model(function, model, args, kwargs)
+    if trained and _is_guide(guide) and getattr(guide, "plan", guide) is None:
+        raise RuntimeError(f"{function}: the guide has no parameters yet. Train it first: fit_svi(model, guide, ...).")
     if observes(guide, args, kwargs) and not observes(model, args, kwargs):
         raise ValueError(
             f"{function}: the first argument observes no data, but the second does: the model comes first. Write "

@@ -45,6 +45,10 @@ class Call:
         bound = inspect.BoundArguments(self._bound.signature, arguments)
         return bound.args, bound.kwargs
 
+    def value(self, name: str) -> Any:
+        """Returns a leaf, or an argument that is opened whole; None if the call has neither."""
+        return self.leaves.get(name, self._bound.arguments.get(name))
+
     @property
     def parameters(self) -> dict[str, tuple[Any, bool]]:
         """The model's arguments by name: their values, and whether they may stand without their names."""

@@ -10,6 +10,7 @@ from typing import Any, overload
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_amortize.arguments import unknown
 from pyro_amortize.calls import Model
 from pyro_amortize.compare import METHODS, Comparison, by_label, compare_inference
 from pyro_amortize.fit import SVIFit, fit_svi
@@ -17,12 +18,14 @@ from pyro_amortize.gap import GapReport, amortization_gap
 from pyro_amortize.guides import AutoAmortized, guide_apart
 from pyro_amortize.posterior import Posterior
 
+GUIDE_OPTIONS = tuple(inspect.signature(AutoAmortized).parameters)[1:]
+
 
 class AmortizedModel(PyroModule):
     """A Pyro model with an amortized guide; made by :func:`amortize`.
 
     It is the model still: it has the signature, the attributes, the parameters and the ``state_dict`` of what it wraps,
-    and it is called, traced and trained like that.
+    and it is called, traced and trained like that. The trained guide is saved by ``model.guide.save(path)``.
     """
 
     def __init__(self, model: Model, guide_options: dict[str, Any]) -> None:
@@ -52,17 +55,26 @@ class AmortizedModel(PyroModule):
         """Trains guide and model: :func:`~pyro_amortize.fit.fit_svi`."""
         return fit_svi(self, self.guide, *args, **options)
 
+    def _trained(self, what: str) -> AutoAmortized:
+        """Returns the guide; refuses one that has no parameters yet."""
+        if self.guide.plan is None:
+            raise RuntimeError(
+                f"{what}: the model has not been fitted yet, so its guide has no parameters. Train it first: "
+                f"model.fit(...), with the model's arguments."
+            )
+        return self.guide
+
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """Returns the guide's answer for these data: ``guide.posterior``."""
-        return self.guide.posterior(*args, **kwargs)
+        return self._trained("posterior").posterior(*args, **kwargs)
 
     def predictive(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """Draws latents and replicated observations: ``guide.predictive``."""
-        return self.guide.predictive(*args, **options)
+        return self._trained("predictive").predictive(*args, **options)
 
     def gap(self, *args: Any, **options: Any) -> GapReport:
         """Measures what amortizing cost on these data: :func:`~pyro_amortize.gap.amortization_gap`."""
-        return amortization_gap(self, self.guide, *args, **options)
+        return amortization_gap(self, self._trained("gap"), *args, **options)
 
     def compare(self, *args: Any, **options: Any) -> Comparison:
         """Compares methods of inference: :func:`~pyro_amortize.compare.compare_inference`.
@@ -123,7 +135,7 @@ def amortize(model: Model | None = None, **guide_options: Any) -> Any:
         The model still, with ``guide``, ``fit``, ``posterior``, ``predictive``, ``gap`` and ``compare``.
 
     Raises:
-        TypeError: A class was decorated.
+        TypeError: A class was decorated, or an option is not known.
 
     Example:
         >>> @amortize(encoder=MLP((16,)))
@@ -135,6 +147,9 @@ def amortize(model: Model | None = None, **guide_options: Any) -> Any:
         >>> model.posterior(torch.randn(5)).mean["z"].shape
         torch.Size([5])
     """
+    for name in guide_options:
+        if name not in GUIDE_OPTIONS:
+            raise TypeError(f"amortize: {unknown('option', name, GUIDE_OPTIONS)}")
     if model is None:
         return functools.partial(amortize, **guide_options)
     if inspect.isclass(model):

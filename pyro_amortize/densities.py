@@ -29,6 +29,7 @@ from pyro_amortize.supports import is_delta, is_enumerated, support_of
 from pyro_amortize.unconstrained import Unconstrained
 
 H = TypeVar("H", bound=Messenger)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Setting = tuple[Model, Model, tuple[Any, ...], dict[str, Any]]
 
 OF_PYRO = "_unconstrained"
@@ -135,6 +136,33 @@ def refuse_other_plates(model: Model, guide: Model, args: Args, kwargs: Kwargs, 
     """
     with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
         Evaluation(model, guide, args, kwargs).refuse_other_plates(plate)
+
+
+def refuse_other_rows(guide: Model, whole: Arguments, some: Setting, plate: str, count: int) -> None:
+    """Refuses a guide that, once it has seen all rows, does not run on some.
+
+    Args:
+        guide: The guide.
+        whole: Positional and keyword arguments for all rows.
+        some: Model, guide, and arguments for some rows.
+        plate: The plate of the rows.
+        count: How many these are.
+
+    Raises:
+        ValueError: It has another number of elements of the plate.
+        RuntimeError, IndexError: It fails.
+    """
+    model, guide_of_some, args, kwargs = some
+    with preserved(model, guide, evaluating=True), torch.no_grad(), poutine.block():
+        poutine.trace(guide).get_trace(*whole[0], **whole[1])
+        trace = poutine.trace(guide_of_some).get_trace(*args, **kwargs)
+    for name, site in trace.iter_stochastic_nodes():
+        sizes = {frame.name: int(frame.size) for frame in site["cond_indep_stack"]}
+        if sizes.get(plate, count) not in (count, -1):
+            raise ValueError(
+                f"log_densities: site '{name}' of the guide has {sizes[plate]} elements of plate '{plate}' where the "
+                f"call has {count}. Write a guide for any number of rows, or take AutoAmortizedNormal(model)."
+            )
 
 
 def enumerated_sites(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> tuple[dict[str, tuple[str, ...]], int]:

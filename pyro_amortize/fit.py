@@ -21,7 +21,7 @@ from pyro_amortize.arguments import check_pair, named
 from pyro_amortize.bars import progress_bar
 from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.convergence import ENOUGH_STEPS, Drift, Remaining, by_losses
-from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates
+from pyro_amortize.densities import enumerated_sites, log_densities, log_ratios, refuse_other_plates, refuse_other_rows
 from pyro_amortize.digits import with_error
 from pyro_amortize.excerpt import LARGE, random_rows
 from pyro_amortize.guides import AutoAmortized
@@ -285,9 +285,30 @@ class _Batches:
             if self.way is not None:
                 refuse_other_plates(*call, self.way.plate.name)
         self.enumerated = tuple(enumerated)
+        self._keep_to_all_rows()
         if self.way is not None and self.enumerated:
             self.way = _minibatches(model, guide, args, kwargs, options, self.enumerated)
         self.order = torch.empty(0, dtype=torch.long)
+
+    def _keep_to_all_rows(self) -> None:
+        """Gives up minibatches for a guide that keeps parameters for each row, as Pyro's own do."""
+        if self.way is None or isinstance(self.guide, AutoAmortized):
+            return
+        plate = self.way.plate.name
+        try:
+            with self._few() as whole, self._on(torch.arange(self.size)) as (args, kwargs, handler):
+                some = handler(self.model), handler(self.guide), args, kwargs
+                refuse_other_rows(self.guide, whole[2:], some, plate, self.size)
+        except (RuntimeError, ValueError, IndexError):
+            name = getattr(self.guide, "__name__", type(self.guide).__name__)
+            warnings.warn(
+                f"fit: batch_size={self.size} is not used, since the guide, {name}, keeps to the number of elements of "
+                f"plate '{plate}' that it sees first. Every step takes all rows. A guide for any number of rows is "
+                f"AutoAmortizedNormal(model).",
+                UserWarning,
+                stacklevel=5,
+            )
+            self.way = None
 
     @contextmanager
     def next(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:

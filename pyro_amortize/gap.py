@@ -204,7 +204,7 @@ def amortization_gap(
         Sequential Latent-Variable Models, ICLR 2021, https://arxiv.org/abs/2101.07046
     """
     _check(num_draws, num_annealed, num_training_steps, given)
-    guide, kwargs = check_pair("amortization_gap", model, guide, args, model_kwargs)
+    guide, kwargs = check_pair("amortization_gap", model, guide, args, model_kwargs, trained=True)
     options = Options(num_steps=num_steps, lr=lr, seed=seed, progress=progress)
     sizes = _Sizes(num_draws, num_annealed, num_particles, num_training_steps)
     measure = _Measure(model, guide, args, kwargs, options, sizes)

@@ -332,10 +332,12 @@ class AutoAmortized(AutoGuide):
             model_kwargs: The model's keyword arguments.
 
         Returns:
-            Site -> shape (num_samples, *site's shape), for latents, observed and deterministic sites.
+            Site -> shape (num_samples, *site's shape), for latents, observed and deterministic sites. Asked by name, it
+            holds the sites of a loop as one, too, ``["z_*"]``, with an axis for the turns after those of the plates.
 
         Raises:
             RuntimeError: The guide has no parameters yet.
+            TypeError: The arguments in ``given`` do not fit the model.
             ValueError: ``given`` is no call, or new rows with data are asked of a table.
             NotImplementedError: A site cannot be drawn, or grows in a way that cannot be followed.
 
@@ -354,9 +356,8 @@ class AutoAmortized(AutoGuide):
         check_count("predictive", "num_samples", num_samples)
         self._refuse_uninitialized("predictive")
         self._warned.clear()
-        call, informing = (args, model_kwargs or {}), None if given is None else arguments_of(given)
-        for arguments in (call, informing or call):
-            call_of(self, *arguments)
+        call, informing = (args, model_kwargs or {}), None if given is None else arguments_of(given, self.model)
+        call_of(self, *call)
         with self._predicting(num_samples, parallel) as prediction:
             return prediction.draw(call, informing, same)
 

@@ -285,7 +285,7 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present], longer
     if not isinstance(value, Tensor):
         raise ValueError(
             f"AutoAmortized: argument '{source.name}' is a {type(value).__name__}, but plate '{around}' takes a row of "
-            f"it for every element. Pass a tensor: torch.as_tensor({source.name})."
+            f"it for every element. Pass a tensor{_as_tensor(source.name, value)}."
         )
     assert source.axes is not None
     if value.dim() < len(source.axes) + len(source.shape):
@@ -319,6 +319,15 @@ def pick_cells(source: Source, value: Any, plates: Mapping[str, Present], longer
                 f"{source.name}[:{now.size}]."
             )
     return cells
+
+
+def _as_tensor(name: str, value: Any) -> str:
+    """Writes how a value becomes a tensor, if it can."""
+    try:
+        torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return ""
+    return f": torch.as_tensor({name})"
 
 
 def _lacking(flat: Tensor, present: Tensor | None, source: Source, looks: bool) -> Tensor | None:

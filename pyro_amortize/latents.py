@@ -230,7 +230,11 @@ class LatentProbes:
         return True
 
     def _note_same(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> None:
-        """Notes a plate of a site whose elements each depend on the same one of another plate."""
+        """Notes a plate of a site whose elements each depend on the same one of another plate: the first such plate.
+
+        Of two plates of latents that both inform the same rows, the later joins the former if all these latents stand
+        in the same other plates; else each keeps its own.
+        """
         for mine in self.probes.frames(child):
             held, theirs = (self.probes.held.indices.get(name) for name in (mine.name, plate.name))
             random = {mine.name, plate.name} & self.probes.held.drawn if mine.size < mine.full_size else set()
@@ -239,7 +243,18 @@ class LatentProbes:
             together = held is None or theirs is None or torch.equal(torch.as_tensor(held), torch.as_tensor(theirs))
             numbers = spread_out(torch.arange(mine.size), (mine,))
             if together and int(depends.sum()) > 1 and bool(((elements == numbers) | ~depends).all()):
-                self.probes.same[mine.name] = plate.name
+                self._join(mine, plate)
+
+    def _join(self, mine: Plate, plate: Plate) -> None:
+        if not mine.also:
+            self.probes.same.setdefault(mine.name, plate.name)
+        elif self._beside(mine) == self._beside(plate):
+            self.probes.same.setdefault(plate.name, mine.name)
+
+    def _beside(self, plate: Plate) -> set[frozenset[str]]:
+        """Returns the other plates that latents of a plate stand in."""
+        latents = (name for name in self.probes.members(plate) if not self.probes.factors[name]["is_observed"])
+        return {frozenset(other.name for other in self.probes.frames(name)) - {plate.name} for name in latents}
 
     def _link(self, child: str, plate: Plate, elements: Tensor, depends: Tensor) -> Link | None:
         """Finds the argument that holds each row's element, as it stands or counted from one."""

@@ -106,7 +106,7 @@ class MCMCFit:
         found = []
         chains, draws = next(iter(self.samples.values())).shape[:2]
         if chains == 1:
-            return ["there is one chain, which no other can confirm: raise num_chains"]
+            return ["there is one chain, which no other can confirm, so R-hat is nan: raise num_chains"]
         if draws < 4:
             return [f"{draws} draws a chain are too few to tell R-hat from: raise num_samples"]
         found += [f"draws of '{name}' lie outside of its support, so that they are none" for name in self.outside]
@@ -151,10 +151,13 @@ class MCMCFit:
             )
             lines.append(f"{name:<16}{values.numel():>9}{r_hat:>11.3f}{bulk:>10.0f}{tail:>14.0f}")
         chains, draws = next(iter(self.samples.values())).shape[:2]
-        state = "converged" if self.converged else "NOT converged: no reference to measure by"
+        state = "converged" if self.converged else "NOT converged: do not use it as a reference"
         by = f" by {self.engine}" if self.engine else ""
-        first = f"MCMCFit: {chains} chains of {draws} draws{by}, {self.divergences} divergences, {self.seconds:.1f} s"
-        notes = [f"not by nutpie, since {self.fallback}"] if self.fallback else []
+        size = f"{chains} chain{'s' if chains > 1 else ''} of {draws} draws{by}"
+        first = f"MCMCFit: {size}, {self.divergences} divergences, {self.seconds:.1f} s"
+        still = [f"'{name}'" for name, values in self.r_hat.items() if bool(values.isnan().all())]
+        notes = [f"max R-hat is nan where draws are constant: {', '.join(still)}"] if still and chains > 1 else []
+        notes += [f"not by nutpie, since {self.fallback}"] if self.fallback else []
         return "\n".join([f"{first}, {state}", header, *lines, *notes, *(f"warning: {text}" for text in self.warnings)])
 
 

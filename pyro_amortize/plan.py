@@ -185,6 +185,11 @@ class AmortizationPlan:
                 f"is left to the model: no data inform it, so its posterior is its prior given the other latents. Draw "
                 f"it: guide.predictive(...)[{name!r}]"
             )
+        if site != name and self.block_of(name) is not None:
+            return (
+                f"is a step of '{site}' after the last one with data: it is no latent of q. Draw it: "
+                f"guide.predictive(...)[{name!r}]"
+            )
         if site in self.enumerated:
             return f"is summed out of q: it has draws only, posterior.sample((1000,))[{name!r}]"
         if site in self.foreign:

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
-from pyro_amortize.arguments import refuse_guide, with_rows
+from pyro_amortize.arguments import check_arguments, with_rows
 from pyro_amortize.calls import Args, Kwargs, Model
 from pyro_amortize.encoders import MLP, Constant, DeepSets, Recurrent, Window, encoder_for
 from pyro_amortize.examination import examine
@@ -33,9 +33,8 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
 
     The model is run a few times on the given data, small changes made to them; nothing is changed: not the random
     state, the param store, or any module. Of more than 10,000 rows it is run on some, each column's extremes and NaN
-    among them, where the model takes any number of rows. The verdict is on encoders that see an element's own data;
-    that of a guide's own plan, ``guide.plan``, is on its encoders, which may see more (``Window``, ``Recurrent``,
-    ``inputs=``).
+    among them, where the model takes any number of rows. The plan is that of ``AutoAmortizedNormal(model)``; with other
+    options (``encoder=``, ``inputs=``) a guide's own plan, ``guide.plan``, is on what its encoders see.
 
     Args:
         model: A Pyro model.
@@ -48,6 +47,7 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
     Raises:
         ValueError: There are no data, no rows that differ, NaN without a mask, a discrete latent that is not marked to
             be enumerated in parallel, or a numpy array.
+        TypeError: The arguments do not fit the model.
 
     Example:
         >>> def model(x):
@@ -65,9 +65,9 @@ def plan_amortization(model: Model, /, *args: Any, **kwargs: Any) -> Amortizatio
         C. Margossian and D. Blei, Amortized Variational Inference: When and Why?, UAI 2024,
         https://arxiv.org/abs/2307.11018
     """
-    refuse_guide("plan_amortization", model)
+    check_arguments("plan_amortization", model, args, kwargs, "Pass them as to the model itself")
     with with_rows("plan_amortization"):
-        return build_plan(examine(model, args, kwargs))
+        return build_plan(examine(model, args, kwargs), encoder=None)
 
 
 def plan_beside(model: Model, guide: Model, args: Args, kwargs: Kwargs) -> AmortizationPlan:
@@ -483,14 +483,14 @@ class _Planner:
                 raise ValueError(
                     f"plan_amortization: discrete latents that are amortized are Categorical, OneHotCategorical or "
                     f"Bernoulli; '{site.name}' is none of these. Sum it out, or hide it from the guide: "
-                    f"AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                    f"AutoAmortizedNormal(poutine.block(model, hide=['{site.name}']))."
                 )
             if not site.observed and site.discrete and site in self.latents and not asked:
                 raise ValueError(
                     f"Continuous inference cannot handle discrete sample site '{site.name}'. Consider enumerating that "
                     f"variable as documented in https://pyro.ai/examples/enumeration.html (in a model, in parallel: "
                     f"infer={{'enumerate': 'parallel'}}); or amortize it, encoder={{'{site.name}': MLP()}}; or hide it "
-                    f"from the guide: AutoAmortized(poutine.block(model, hide=['{site.name}']))."
+                    f"from the guide: AutoAmortizedNormal(poutine.block(model, hide=['{site.name}']))."
                 )
             above = [other for other in facts.latents if other.enumerated and site.name in other.children]
             if above and site.fixed and not (site.discrete or site.foreign):
@@ -551,5 +551,5 @@ class _Planner:
         key = plate.name if plate else site.name
         raise ValueError(
             f"plan_amortization: cannot tell which data inform '{site.name}'{where}: {why}. Plan from at "
-            f"least two rows that differ, or say it: AutoAmortized(model, inputs={{'{key}': ['{what}']}})."
+            f"least two rows that differ, or say it: AutoAmortizedNormal(model, inputs={{'{key}': ['{what}']}})."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro.distributions as dist
 import torch
@@ -23,6 +23,17 @@ from pyro_amortize.answers import NUM_DRAWS, Answers, Derived, Joined, Others, U
 from pyro_amortize.supports import support_of, undressed
 
 DRAWS = 4096
+NAMES_ELSEWHERE = {
+    "std": "stddev",
+    "scale": "stddev",
+    "variance": "stddev",
+    "var": "stddev",
+    "loc": "mean",
+    "mode": "median",
+    "quantile": "quantiles(q)",
+    "icdf": "quantiles(q)",
+    "rsample": "sample(n)",
+}
 LIMIT = 2**21  # numbers that are held at once beside data and answers
 
 
@@ -238,6 +249,25 @@ class Posterior:
             for name, value in row.items():
                 found[name].append(sites[name].log_prob(value))
         return {name: torch.stack(parts).reshape(lead + parts[0].shape) for name, parts in found.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property that failed
+            return object.__getattribute__(self, name)
+        site = next(iter(self.__dict__.get("sites", ())), "z")
+        if name in self.__dict__.get("sites", ()):
+            meant = f"mean[{name!r}]"
+        elif name in NAMES_ELSEWHERE:
+            meant = f"{NAMES_ELSEWHERE[name]}[{site!r}]"
+        else:
+            raise AttributeError(f"Posterior has no '{name}'. For each site: posterior.mean[{site!r}].")
+        raise AttributeError(f"Posterior has no '{name}'. Write posterior.{meant}.")
+
+    def __getitem__(self, name: Any) -> NoReturn:
+        site = name if name in self.sites else next(iter(self.sites), "z")
+        raise TypeError(
+            f"Posterior: a site has several answers: posterior.mean[{site!r}], posterior.stddev[{site!r}], "
+            f"posterior.quantiles([0.05, 0.95])[{site!r}], posterior.sample(100)[{site!r}]."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "others": Others(self.others.series)}  # without the model and its data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +12,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
-from pyro_amortize.answers import Derived
-from pyro_amortize.calls import Args, Call, Kwargs, Model
+from pyro_amortize.answering import series_of
+from pyro_amortize.answers import Answers, Derived, UnknownSite
+from pyro_amortize.arguments import unknown
+from pyro_amortize.calls import Args, Call, Kwargs, Model, signature_of
 from pyro_amortize.carried import Informing, Known
 from pyro_amortize.draws import Held, Runs, Values, is_deterministic, plates_by_axis, run_at
 from pyro_amortize.enumeration import draw_enumerated
@@ -90,10 +93,21 @@ class Prediction:
             same: Plates whose elements both calls have; None to find out.
 
         Returns:
-            Site -> shape (draws, *site's shape), for latents, observed and deterministic sites.
+            Site -> shape (draws, *site's shape), for latents, observed and deterministic sites; by name also the sites
+            of a loop as one.
         """
         known = Known({}, None if informing is None else self._informed(informing, call, same))
-        return self._walk(walked(self.model, *call, self.plan.lengths), call, known, {}, self._replicated).values
+        plates = walked(self.model, *call, self.plan.lengths)
+        drawn = self._walk(plates, call, known, {}, self._replicated)
+        series = series_of(self.plan, drawn.values, drawn.sites)
+
+        def stacked(name: str) -> torch.Tensor:
+            if name not in series:
+                known = ", ".join(f"'{each}'" for each in [*drawn.values, *series])
+                raise UnknownSite(f"predictive: '{name}' is no site of this call. Known: {known}.")
+            return series[name].stacked(drawn.values)
+
+        return Answers(drawn.values, stacked)
 
     def latents(self, call: Arguments, indices: Indices) -> Values:
         """Draws the latents alone, but those that are left to the model."""
@@ -236,17 +250,39 @@ class Prediction:
         return replace(drawn, values=values, sites=sites)
 
 
-def arguments_of(given: Any) -> Arguments:
+def arguments_of(given: Any, model: Model) -> Arguments:
     """Returns the arguments of a call that informs: positional ones in a tuple, or a dict of keyword arguments.
 
     Raises:
         ValueError: It is neither.
+        TypeError: They do not fit the model.
     """
+    signature = signature_of(model)
     if isinstance(given, Mapping):
-        return (), dict(given)
-    if isinstance(given, (tuple, list)):
-        return tuple(given), {}
-    raise ValueError(
+        args, kwargs = (), dict(given)
+    elif isinstance(given, (tuple, list)):
+        args, kwargs = tuple(given), {}
+    else:
+        raise _no_call(given)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    for name in kwargs if inspect.Parameter.VAR_KEYWORD not in kinds else ():
+        if name not in signature.parameters:
+            raise TypeError(
+                f"predictive: given={{'{name}': ...}}: {unknown('argument', name, signature.parameters)} Those are "
+                f"the model's arguments, in the call that informs."
+            )
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"predictive: given= does not hold the arguments of a call of the model: {error}. It takes {signature}. "
+            f"Pass those of the call that informs, all of them."
+        ) from None
+    return args, kwargs
+
+
+def _no_call(given: Any) -> ValueError:
+    return ValueError(
         f"predictive: given= is a {type(given).__name__}. Expected the arguments of the call that informs, positional "
         f"ones in a tuple, given=(x, y), or all by name, given={{'x': x, 'y': y}}."
     )

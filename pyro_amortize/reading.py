@@ -262,7 +262,7 @@ class Reader:
 
     def _argument(self, source: Source) -> Any:
         """Returns the argument that a source is, its cells picked where another argument says their places."""
-        value = self.call.leaves.get(source.name)
+        value = self.call.value(source.name)
         for axis, through in zip(source.axes or (), source.through, strict=False):
             if value is not None and through is not None:
                 value = value.index_select(axis, self.call.leaves[through].to(value.device))

@@ -137,7 +137,7 @@ def _onto(site: Any, fn: Any) -> Transform:
         raise ValueError(
             f"site '{site['name']}' has the support {support}, which no bijection from R^n reaches. Reparameterize it "
             f"(a covariance, say, by LKJCholesky and scales), or hide it from the guide: "
-            f"AutoAmortized(poutine.block(model, hide=['{site['name']}']))."
+            f"AutoAmortizedNormal(poutine.block(model, hide=['{site['name']}']))."
         ) from None
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform

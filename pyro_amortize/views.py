@@ -50,8 +50,12 @@ class View:
 
     def joining(self, same: Mapping[str, str]) -> View:
         """Returns the view in which plates are those of others, too; events whose rows are in none stay whole."""
-        same = {**self.same, **same}
-        return View(same, {name: axis for name, axis in self.events.items() if rows_of(name) in same})
+        joined = dict(self.same)
+        for mine, other in same.items():
+            other = joined.get(other, other)
+            if other != mine:
+                joined = {each: other if to == mine else to for each, to in joined.items()} | {mine: other}
+        return View(joined, {name: axis for name, axis in self.events.items() if rows_of(name) in joined})
 
 
 def rows_of(site: str) -> str:

@@ -152,3 +152,15 @@ def test_setting_an_attribute_sets_the_model_s():
     assert inner.decoder is model.decoder
     model.eval()
     assert not model.training
+
+
+def test_options_are_checked_at_once():
+    with pytest.raises(TypeError, match=r"amortize: option 'encoders' is not known \(do you mean 'encoder'\?\)"):
+        amortize(encoders=MLP())
+
+
+@pytest.mark.parametrize("what", ["posterior", "predictive", "gap"])
+def test_asked_before_the_fit(what):
+    model = amortize(lambda x: pyro.sample("x", dist.Normal(0.0, 1.0), obs=x))
+    with pytest.raises(RuntimeError, match=rf"{what}: .*model.fit\("):
+        getattr(model, what)(torch.zeros(3))

@@ -12,7 +12,7 @@ from pyro.optim import Adam
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import nn
 
-from pyro_amortize import MLP, AutoAmortized, AutoAmortizedNormal, Table, plan_amortization
+from pyro_amortize import MLP, AutoAmortized, AutoAmortizedNormal, Table, amortization_gap, plan_amortization
 
 X = torch.linspace(-2.0, 2.0, 12)
 
@@ -397,3 +397,31 @@ def test_a_table_for_minibatches_of_unknown_rows():
 
     with refuses(ValueError, r"'z' has a table.*minibatch 'x'.*subsample=indices"):
         AutoAmortizedNormal(model, encoder=Table()).initialize(X)
+
+
+def test_arguments_that_do_not_fit_are_told_with_the_signature():
+    with pytest.raises(TypeError, match=r"plan_amortization: the arguments .*'Y'.*takes \(n=12, x=None\)"):
+        plan_amortization(optional, 12, Y=X)
+
+
+@pytest.mark.parametrize(("data", "remedy"), [([1.0, 2.0, 3.0], r"torch.as_tensor\(x\)"), ("x", r"Pass a tensor\.$")])
+def test_data_that_are_no_tensor(data, remedy):
+    with pytest.raises(ValueError, match=rf"argument 'x' is a {type(data).__name__}.*{remedy}"):
+        ready(local, X).posterior(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"X": X}, r"predictive: given=\{'X': ...\}: argument 'X' is not known.*Known: loc, x"),
+        ((), r"predictive: given= .* missing a required argument: 'x'. It takes \(x, loc="),
+    ],
+)
+def test_arguments_of_the_call_that_informs(given, message):
+    with pytest.raises(TypeError, match=message):
+        ready(local, X).predictive(X, given=given)
+
+
+def test_a_gap_needs_a_trained_guide():
+    with pytest.raises(RuntimeError, match="amortization_gap: the guide has no parameters yet. Train it"):
+        amortization_gap(local, AutoAmortizedNormal(local), X, progress=False)

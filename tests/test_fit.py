@@ -259,9 +259,11 @@ class TestManyRows:
         assert fit.losses.isfinite().all()
 
     @pytest.mark.parametrize("batch_size", [128, 5_000, 6_000])
-    def test_a_guide_that_keeps_to_the_rows_it_saw_first_fails(self, batch_size):
-        with pytest.raises(RuntimeError, match="size of tensor"):
-            fit_svi(sliced, AutoNormal(sliced), torch.randn(self.N), batch_size=batch_size, num_steps=2, progress=False)
+    def test_a_guide_that_keeps_to_the_rows_it_saw_first_takes_all(self, batch_size):
+        guide, x = AutoNormal(sliced), torch.randn(self.N)
+        with pytest.warns(UserWarning, match=f"batch_size={batch_size} is not used, since the guide, AutoNormal"):
+            fit_svi(sliced, guide, x, batch_size=batch_size, num_steps=2, progress=False)
+        assert guide.median(x)["z"].shape == (self.N,)
 
 
 class TestRecord:
@@ -483,3 +485,15 @@ class TestCompile:
     def test_errors(self):
         with pytest.raises(ValueError, match="compile='yes'. Expected True, False or 'auto'"):
             fit_svi(self.model, AutoAmortizedNormal(self.model), DATA, compile="yes", progress=False)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_guide_with_a_row_for_each_datum_takes_all_rows(size):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match=f"batch_size={size} is not used, since the guide, AutoNormal"):
+        fit = fit_svi(model, AutoNormal(model), torch.randn(12), batch_size=size, num_steps=3, progress=False)
+    assert math.isfinite(fit.elbo)

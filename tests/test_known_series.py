@@ -24,6 +24,8 @@ from pyro_amortize import (
     fit_svi,
     plan_amortization,
 )
+from pyro_amortize.examination import examine
+from pyro_amortize.planner import build_plan
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -98,7 +100,7 @@ def test_saw_series():
 @pytest.mark.parametrize("model", [saw, saw_in_a_loop])
 def test_a_window_of_one_closes_the_gap_of_the_saw_series(model):
     x = saw_data(30)
-    verdict = plan_amortization(model, x).verdict
+    verdict = build_plan(examine(model, (x,), {})).verdict
     assert verdict.closable is False
     assert "'x' enters the densities of other rows" in verdict.reason
     assert "encoder=Window(1)" in verdict.reason
@@ -165,7 +167,7 @@ def test_window_gaps_of_the_hidden_markov_model(radius, gap):
 
 def test_verdicts_on_the_hidden_markov_model():
     x = torch.randn(8)
-    plan = plan_amortization(hmm, x)
+    plan = build_plan(examine(hmm, (x,), {}))
     (block,) = plan.blocks
     assert (block.sites, block.plates, block.inputs, block.dim) == (("z_*",), ("steps",), ("x",), 1)
     assert plan.verdict.closable is False
@@ -274,7 +276,7 @@ def test_the_gap_of_a_linear_window_is_that_of_the_best_one():
     gap, _ = misses(trained(state_space, Window(1, ()), x, num_steps=900), x)
     assert best > 0.05
     assert gap == pytest.approx(best, abs=0.01)
-    assert plan_amortization(state_space, x).verdict.closable is False
+    assert build_plan(examine(state_space, (x,), {})).verdict.closable is False
 
 
 @pytest.mark.slow

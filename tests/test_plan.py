@@ -25,7 +25,8 @@ def plan_of(name, rows=None):
 
 @cases
 def test_plans_of_the_zoo(name):
-    case, plan = CASES[name], plan_of(name)
+    case = CASES[name]
+    plan = build_plan(examine(case.make(), *case.example()))  # by encoders of an element's own data
     encoded = {site for block in plan.blocks if block.amortized for site in block.sites}
     assert encoded == {plan.turn_of(site)[0] for site in case.amortized}
     assert {site: set(plan.block_of(site).inputs) for site in case.amortized} == case.amortized
@@ -40,6 +41,18 @@ def test_plans_of_the_zoo(name):
         plates = tuple(plate for plate in plates if plate not in case.own)
         assert block.plates == ((*plates, "steps") if in_series and len(plates) < 2 else plates)
         assert block.dim == sum(block.dims)
+
+
+@pytest.mark.parametrize("name", ["chain", "linear", "lengths"])
+def test_plans_are_those_of_the_default_guide(name):
+    case = CASES[name]
+    args, kwargs = case.example()
+    guide = AutoAmortizedNormal(case.make())
+    guide.initialize(*args, **kwargs)
+    plan = plan_of(name)
+    assert plan.verdict == guide.plan.verdict
+    assert [b.reach for b in plan.blocks] == [b.reach for b in guide.plan.blocks]
+    assert [b.closable for b in plan.blocks] == [b.closable for b in guide.plan.blocks]
 
 
 @cases

@@ -161,3 +161,20 @@ def test_draws_of_a_prior_without_gradients_leave_the_guides_own():
     (gradient,) = torch.autograd.grad(fn.rsample().sum(), scale)
     assert gradient[0] != 0
     assert gradient[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda p: p.std, r"posterior.stddev\['z'\]"),
+        (lambda p: p.quantile(0.5), r"posterior.quantiles\(q\)\['z'\]"),
+        (lambda p: p["z"], r"posterior.mean\['z'\]"),
+        (lambda p: p.mean(), r"posterior.mean\['z'\]"),
+        (lambda p: p.z, r"posterior.mean\['z'\]"),
+    ],
+    ids=["std", "quantile", "item", "call", "attribute"],
+)
+def test_names_of_other_libraries_are_answered_by_ours(ask, message):
+    posterior = Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": ("n",)})
+    with pytest.raises((AttributeError, TypeError), match=message):
+        ask(posterior)

@@ -587,3 +587,23 @@ def test_in_float64(float64):
     guide = ready(groups, x, county, y)
     draws = guide.predictive(NEW_X.double(), NEW_COUNTY, given=(x, county, y), num_samples=3)
     assert {value.dtype for value in draws.values()} == {torch.float64}
+
+
+def test_sites_of_a_loop_are_also_one():
+    def model(y, length=None):
+        z = torch.zeros(())
+        for t in pyro.markov(range(len(y) if length is None else length)):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[t] if t < len(y) else None)
+
+    y = torch.randn(5)
+    guide = ready(model, y)
+    draws = guide.predictive(y, 8, given=(y, 5), num_samples=3)
+    assert len(draws) == 16
+    assert "z_*" not in list(draws)
+    torch.testing.assert_close(draws["z_*"], torch.stack([draws[f"z_{t}"] for t in range(8)], -1))
+    assert draws["y_*"].shape == (3, 8)
+    with pytest.raises(KeyError, match="predictive: 'x' is no site of this call"):
+        draws["x"]
+    with pytest.raises(KeyError, match=r"'z_7' is a step of 'z_\*' after .*guide.predictive\(...\)\['z_7'\]"):
+        guide.posterior(y, 8).mean["z_7"]

@@ -172,3 +172,48 @@ def test_reports_say_why_they_hold_totals_only(args):
     report = amortization_gap(beside, guide, *args, num_steps=5, progress=False)
     assert report.per_datum is None
     assert any("data of plate 'subjects' stand in 'data'" in warning for warning in report.warnings)
+
+
+def test_two_plates_of_latents_whose_elements_are_the_same_rows_share_an_encoder():
+    def model(y):
+        with pyro.plate("A", len(y)):
+            a = pyro.sample("a", standard())
+        with pyro.plate("B", len(y)):
+            b = pyro.sample("b", standard())
+        with pyro.plate("C", len(y)):
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+    (block,) = plan_amortization(model, torch.randn(ROWS)).blocks
+    assert (block.sites, block.plates, block.inputs, block.closable) == (("a", "b"), ("A",), ("y",), True)
+
+
+def test_a_chain_of_plates_is_one():
+    def model(y):
+        with pyro.plate("A", len(y)):
+            a = pyro.sample("a", standard())
+        with pyro.plate("B", len(y)):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+        with pyro.plate("C", len(y)):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    plan = plan_amortization(model, torch.randn(ROWS))
+    assert [block.inputs for block in plan.blocks] == [("y",)]
+    assert plan.same == {"B": "A", "C": "A"}
+
+
+def test_plates_of_latents_in_other_plates_keep_their_names():
+    def model(y):
+        with pyro.plate("factors", 2, dim=-2), pyro.plate("loadings", 5, dim=-1):
+            w = pyro.sample("w", standard())
+        with pyro.plate("items", 5):
+            b = pyro.sample("b", standard())
+        rows = pyro.plate("rows", len(y), dim=-2)
+        with rows, pyro.plate("dims", 2, dim=-1):
+            z = pyro.sample("z", standard())
+        with rows, pyro.plate("columns", 5, dim=-1):
+            pyro.sample("y", dist.Normal(z @ w + b, 1.0), obs=y)
+
+    plan = plan_amortization(model, torch.randn(ROWS, 5))
+    assert plan.block_of("b").plates == ("items",)
+    assert plan.block_of("w").plates == ("factors", "loadings")
+    assert plan.block_of("z").plates == ("rows",)
