@@ -335,23 +335,20 @@ class Reader:
         self, source: Source, plates: dict[str, Present], axes: list[str], piece: Piece | None
     ) -> Tensor | None:
         """Returns the same where each cell of a source enters other sites, or other entries of these."""
-        sites = {site: self._site_marks(site, plates, piece) for entered in source.enters for site, _ in entered}
-        rows = {
-            entry: _rows_of(marks, entry[1], source, axes)
-            for entered in source.enters
-            for entry in entered
-            if (marks := sites[entry[0]]) is not None
-        }
-        if not rows:
-            return None
-        cells = []
-        for entered in source.enters:
-            here = torch.ones_like(next(iter(rows.values())))
-            if all(entry in rows for entry in entered):
-                here = torch.stack(torch.broadcast_tensors(*(rows[entry] for entry in entered))).any(0)
-            cells.append(here)
-        found = torch.stack(torch.broadcast_tensors(*cells), -1)
-        return found.reshape(*found.shape[:-1], *source.shape)
+        found, always = None, torch.zeros(len(source.enters), dtype=torch.bool)
+        for site in sorted({site for entered in source.enters for site, _ in entered}):
+            entries = [dict(entered).get(site, ()) for entered in source.enters]
+            marks = self._site_marks(site, plates, piece)
+            if marks is None:
+                always |= torch.tensor([mine != () for mine in entries])
+                continue
+            rows = _entries_of(marks, source, axes)
+            takes = torch.zeros(len(entries), rows.shape[-1])
+            for cell, mine in enumerate(entries):
+                takes[cell, slice(None) if mine is None else list(mine)] = 1.0
+            here = rows.to(takes.dtype) @ takes.to(rows.device).T > 0
+            found = here if found is None else found | here
+        return None if found is None else (found | always.to(found.device)).unflatten(-1, source.shape)
 
     def _level_marks(self, level: Level, plates: dict[str, Present], axes: list[str], piece: Piece | None) -> Marks:
         """Returns which rows of a level have values of their own."""
@@ -453,13 +450,13 @@ class Reader:
         return rows
 
 
-def _rows_of(marks: tuple[Tensor, Source], entries: tuple[int, ...] | None, source: Source, axes: list[str]) -> Tensor:
-    """Returns in which rows of a source any of some entries of a site counts, or any at all; shape (*axes)."""
+def _entries_of(marks: tuple[Tensor, Source], source: Source, axes: list[str]) -> Tensor:
+    """Lays which entries of a site count by the rows of a source, shape (*axes, entries)."""
     cells, where = marks
     mine = tuple(name for name in where.plates if name in source.plates)
     order = [where.plates.index(name) for name in (*mine, *sorted(set(where.plates) - set(mine)))]
-    rest = cells.permute(*order, *range(len(order), cells.dim()))[..., None].flatten(len(mine))
-    return _laid((rest if entries is None else rest[..., list(entries)]).any(-1), mine, axes, 0)
+    entries = cells.permute(*order, *range(len(order), cells.dim()))[..., None].flatten(len(mine))
+    return _laid(entries, mine, axes, 1)
 
 
 def _made_whole(cells: Tensor, source: Source, axes: list[str]) -> Tensor:

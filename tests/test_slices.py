@@ -89,6 +89,14 @@ def in_minibatches(y, seen):
                 pyro.sample(f"y{j}", dist.Normal(z, 1.0), obs=y[i, j])
 
 
+def at_places(y, seen, place):
+    with pyro.plate("n", len(place)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for j in range(3):
+            with poutine.mask(mask=seen[place, j]):
+                pyro.sample(f"y{j}", dist.Normal(z, 1.0), obs=y[place, j])
+
+
 def series(y, seen):
     y, seen = y.reshape(-1, 3, 3), seen.reshape(-1, 3, 3)
     with pyro.plate("series", len(y)):
@@ -115,6 +123,8 @@ def filled(model, y, seen, fill):
     y = torch.where(seen, y, torch.tensor(fill))
     if model is in_dicts:
         return ({"y": y, "seen": seen},)
+    if model is at_places:
+        return y, seen, torch.arange(len(y)).roll(5)[:20]
     if model is series:
         return y.reshape(-1, 3, 3), seen.reshape(-1, 3, 3)
     return (y.T.clone(), seen.T.clone()) if model is by_turned_rows else (y, seen)
@@ -124,7 +134,7 @@ def filled(model, y, seen, fill):
     "model",
     [
         in_a_loop, by_name, by_obs_mask, in_dicts, holes, beside_one_without, event_beside_a_number,
-        plate_beside_a_number, by_turned_rows, in_minibatches, series,
+        plate_beside_a_number, by_turned_rows, in_minibatches, at_places, series,
     ],
     ids=lambda model: model.__name__,
 )  # fmt: skip
@@ -180,6 +190,25 @@ def test_a_plan_keeps_what_cells_enter():
     assert AmortizationPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@pytest.mark.parametrize("chosen", [slice(60), slice(0, 120, 2)], ids=["halves", "every other"])
+def test_wide_rows_are_taken_apart(chosen):
+    """Each number enters its own entry of an event; as many runs as its number has digits tell which."""
+    mine = torch.zeros(120, dtype=torch.bool)
+    mine[chosen] = True
+
+    def model(y, seen):
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))[..., None].expand(len(y), 60)
+            for name, some, there in (("a", mine, seen[:, 0]), ("b", ~mine, seen[:, 1])):
+                with poutine.mask(mask=there):
+                    pyro.sample(name, dist.Normal(z, 1.0).to_event(1), obs=y[:, some].sinh())
+
+    y, seen = torch.randn(6, 120), data()[1][:6]
+    (source,) = (s for s in plan_amortization(model, y, seen).blocks[0].sources if s.name == "y")
+    order = torch.cat([mine.nonzero(), (~mine).nonzero()]).flatten().tolist()
+    assert [source.enters[i] for i in order] == [((name, (i,)),) for name in "ab" for i in range(60)]
+
+
 def test_rows_too_wide_to_be_tried_are_told():
     def model(y, seen):
         with pyro.plate("n", len(y)):
@@ -187,7 +216,7 @@ def test_rows_too_wide_to_be_tried_are_told():
             for name, some in (("a", slice(300)), ("b", slice(300, 600))):
                 with poutine.mask(mask=seen):
                     mean = z.expand(*z.shape[:-1], 300)
-                    pyro.sample(name, dist.Normal(mean, 1.0).to_event(1), obs=y[:, some].exp())
+                    pyro.sample(name, dist.Normal(mean, 1.0).to_event(1), obs=y[:, some].cumsum(-1))
 
     with pytest.warns(UserWarning, match="'y' has 600 numbers a row.*Pass what each mask covers as an argument"):
         plan_amortization(model, torch.randn(4, 600), torch.tensor([True, False, True, True]))
