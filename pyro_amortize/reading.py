@@ -159,8 +159,8 @@ class Reader:
         """
         if is_recorded():
             raise Uncapturable(
-                "data or masks of the model are no whole arguments, but made or sliced in it, so that only a run of it "
-                "shows them: pass each as an argument of its own"
+                "data or masks reach the guide through no argument of the model, or are made or sliced of one in it, "
+                "where only a run of the model shows them: pass each as an argument of its own"
             )
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         with preserved(self.model, evaluating=True):
