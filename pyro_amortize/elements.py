@@ -31,7 +31,7 @@ class Elements:
         """
         kept = {site.name: self._kept(site) for site in self.facts.latents if not site.enumerated}
         found = {name: plates for name, plates in kept.items() if plates != self._plates(name)}
-        shared = {name for name in found if any(self._is_shared(name, other, kept, found) for other in kept)}
+        shared = {name for name in found if any(self._is_shared(name, other, kept) for other in kept)}
         return {
             name: tuple(plate for plate in self.facts.sites[name].plates if plate not in plates)
             for name, plates in found.items()
@@ -61,15 +61,13 @@ class Elements:
         linked = frozenset(plate for plate in whole if self.ways.covers(rows, {plate}))
         return linked if self.ways.covers(rows, linked) else frozenset()
 
-    def _is_shared(
-        self, name: str, other: str, kept: dict[str, frozenset[str]], found: dict[str, frozenset[str]]
-    ) -> bool:
+    def _is_shared(self, name: str, other: str, kept: dict[str, frozenset[str]]) -> bool:
         """Whether a latent meets another crosswise, and it is the other that rows tell apart."""
         one, two = self.facts.sites[name], self.facts.sites[other]
         crosswise = not self.ways.covers(kept[name], kept[other]) and not self.ways.covers(kept[other], kept[name])
         if not (crosswise and one.children & two.children and self._is_told_apart(two, kept[other])):
             return False
-        return other not in found or self._rank(other, kept[other]) > self._rank(name, kept[name])
+        return self._rank(other, kept[other]) > self._rank(name, kept[name])
 
     def _is_told_apart(self, site: Site, kept: frozenset[str]) -> bool:
         return any(

@@ -10,6 +10,7 @@ from pyro.optim import ClippedAdam
 
 from pyro_amortize import (
     AutoAmortizedNormal,
+    Table,
     amortization_gap,
     fit_mean_field,
     fit_svi,
@@ -225,6 +226,36 @@ def test_loadings_are_shared_and_scores_are_told_apart(x):
     z, w = plan.block_of("z"), plan.block_of("w")
     assert (z.plates, z.features, w.amortized, w.rows) == (("rows",), PIXELS, False, FACTORS * PIXELS)
     assert plan.verdict.closable is True
+
+
+@pytest.mark.parametrize("event", [True, False])
+def test_intercepts_of_the_data_s_columns_do_not_take_the_rows_latents_away(x, event):
+    """Latents of rows and of columns meet crosswise; which of them are written as plates makes no difference."""
+
+    def model(x):
+        rows, pixels = pyro.plate("rows", len(x), dim=-2), pyro.plate("pixels", PIXELS, dim=-1)
+        with pyro.plate("loadings", FACTORS, dim=-2), pixels:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pixels:
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        if event:
+            with rows:
+                z = pyro.sample("z", dist.Normal(torch.zeros(FACTORS), 1.0).to_event(1))[..., 0, :]
+        else:
+            with rows, pyro.plate("factors", FACTORS, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with rows, pixels:
+            pyro.sample("x", dist.Normal(z @ w + b, 0.3), obs=x)
+
+    plan = plan_amortization(model, x)
+    assert plan.block_of("z").amortized
+    assert plan.block_of("z").dim == FACTORS
+    assert plan.verdict.closable is False
+    assert "encoder={'pixels': Table()}" in plan.verdict.reason
+    guide = AutoAmortizedNormal(model, encoder={"pixels": Table()})
+    guide.initialize(x)
+    assert guide.plan.verdict.closable
+    assert guide.posterior(x[:5]).mean["z"].shape[0] == 5
 
 
 def test_components_that_no_rows_tell_apart_stay_a_table():

@@ -365,7 +365,7 @@ if FULL:
     for report in (before, before.unseen, after, after.unseen, at_median, at_median.unseen):
         assert beyond(report.per_datum["amortization_gap"] - report.per_datum["approximation_gap"])
         assert report.per_datum["approximation_gap"].mean() < 0.8
-        assert all("k-hat" in text for text in report.warnings), "the search for q* converged"
+        assert not any("did not converge" in text for text in report.warnings), "the search for q* converged"
     assert raised.abs().max() < 1, "what k-hat doubts is off by less than a nat"
 
     assert beyond(-change["seen"]["amortization_gap"]), "training on, the encoder loses less on seen digits"
